@@ -62,12 +62,12 @@ class Options:
     download: bool = option(False, "fetch COCO 2017 into --root first (20 GB, resumable, checked)")
     out: str = option("", "folder for all that a run writes [out/NAME]")
     levels: str = option(",".join(LEVELS), "levels of the HIST training; 'caption' trains the baseline alone")
-    steps: int = option(0, "optimiser steps of each training [scenes 1500, else 10 epochs]")
+    steps: int = option(0, "optimiser steps of each training [scenes 1200, else 10 epochs]")
     batch_size: int = option(0, "images a step [scenes 32, else 64]")
     lr: float = option(0.0, "peak learning rate [scenes 2e-3, else 3e-4]")
     composition_weight: float = option(0.1, "lambda, the weight of the composition loss")
     composition_start: float = option(0.7, "share of the steps after which composition ramps in")
-    vit: str = option("", "any timm ViT, from scratch [scenes: a small one on a stem, else vit_small_patch16_224]")
+    vit: str = option("", "any timm ViT, from scratch [scenes: one layer on a stem, else vit_small_patch16_224, on CPU vit_tiny…]")
     image_size: int = option(0, "side of the square image, pixels [scenes 48, else 224]")
     width: int = option(0, "width of text and fusion layers [scenes 64, else 384]")
     text_layers: int = option(0, "layers of the text encoder [scenes 1, else 4]")
@@ -84,10 +84,9 @@ class Options:
     ground: list = option(None, "draw where the last trained model looks: PICTURE PHRASE [PHRASE ...]")
 
 
-SCENES = dict(steps=1500, batch_size=32, lr=2e-3, vit="scenes", image_size=48, width=64, text_layers=1, fusion_layers=2,
-              workers=0)
-PHOTOS = dict(batch_size=64, lr=3e-4, vit="vit_small_patch16_224", image_size=224, width=384, text_layers=4,
-              fusion_layers=4, workers=min(8, os.cpu_count() or 1))
+SCENES = dict(steps=1200, batch_size=32, lr=2e-3, vit="scenes", image_size=48, width=64, text_layers=1, fusion_layers=2, workers=0)
+PHOTOS = dict(batch_size=64, lr=3e-4, vit=f"vit_{'small' if torch.cuda.is_available() else 'tiny'}_patch16_224", image_size=224,
+              width=384, text_layers=4, fusion_layers=4, workers=min(8, os.cpu_count() or 1))
 
 
 # ------------------------------------------------------------------------------------------------ data: scenes
@@ -820,7 +819,7 @@ def train(name, levels, samples, o):
     if o.resume and path.exists():
         model, _, saved = restore(path, o)
         start, seconds = saved["step"], saved["seconds"]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=0.02, betas=(0.9, 0.98), fused=cuda)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=0.02, betas=(0.9, 0.98), fused=o.device != "mps")
     warmup = max(1, min(100, o.steps // 10))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / warmup) * max(
         0.01, (1 + math.cos(math.pi * step / o.steps)) / 2))

@@ -1,0 +1,460 @@
+"""A rule-based dependency parser for image captions, and the hierarchy that HIST cuts from its trees.
+
+    caption      "An orange cat laying on a white and brown cat in a bed."
+    phrases      an orange cat · a white and brown cat · a bed          subjects     cat · cat · bed
+    composites   an orange cat and a white and brown cat · an orange cat and a bed · …
+
+    python parse.py "a man riding a horse"        the tree and the hierarchy
+    python parse.py --json --file captions.txt    one JSON object a line ("-" reads standard input)
+
+Tokens -> tags -> heads -> phrases -> composites, with no trained model and no download. The levels: HIST, arXiv
+2412.08110; the relations: Universal Dependencies. A tag is one letter, so that the tags of a caption are a string and
+a noun phrase is a regular expression over it; a small letter is a word that `disambiguate` decides by its neighbours.
+"""
+import argparse
+import json
+import os
+import re
+import sys
+from functools import lru_cache
+from itertools import chain
+from typing import NamedTuple
+
+# -------------------------------------------------------------------------------------------------------- lexicon
+# Q: an adverb that may stand inside a noun phrase; O: to, of, from; U: an -ing noun before a noun ("living room");
+# Z: a participle before its noun ("parked cars"); G, E: participles elsewhere; H: an auxiliary other than be (B).
+UPOS = dict(D="DET", P="PRON", J="ADJ", N="NOUN", S="NOUN", U="NOUN", R="PRON", A="ADV", Q="ADV", I="ADP", O="ADP",
+            K="CCONJ", V="VERB", Z="VERB", G="VERB", E="VERB", B="AUX", H="AUX", T="PART", W="PRON", L="SCONJ",
+            X="PRON", M="PART", **{"#": "NUM", ",": "PUNCT", ".": "PUNCT"})
+# Tag -> words; a second letter: the tag of the verb's -s form. ys, yz: nouns too, the -s form mostly a verb (rides), a
+# noun (lights); e: participles; i: things in -ing; j: adjectives before a noun, else nouns; N: the suffix rules err.
+WORDS = {
+    "J": """large big small little tiny huge tall short long wide narrow high low deep shallow thick thin fat skinny round flat
+        straight curved curly old young new elderly ancient modern contemporary vintage fresh ripe hot cold warm cool wet dry clean
+        dirty messy tidy empty full open close dark bright dim clear cloudy sunny snowy foggy icy grassy sandy rocky muddy dusty leafy
+        hilly steep smooth rough sharp shiny hard soft fluffy fuzzy furry hairy shaggy bald heavy loose tight plain simple fancy
+        ornate elegant cute nice great good bad best funny strange odd unusual unique different similar same other own several many
+        few multiple single only whole happy sad angry tired busy calm quiet lone wild rural urban public electric electronic digital
+        mobile wooden metallic golden rusty tasty healthy dead live naked barefoot pregnant blonde blond asian african american
+        chinese japanese european mexican english formal military historic floral outdoor indoor upper lower inner outer front top
+        bottom middle center opposite adjacent far upside bare lush strong fast slow ready fake real natural homemade jumbo tan blurry
+        pale neon striped beige maroon navy turquoise lavender gold silver red green blue yellow purple pink brown black white gray
+        grey cyan teal magenta hungry first second third last next asleep teenage human mini raw neat rustic unmade bronze copper
+        wicker gourmet scenic scary sexy retro twin minor major gigantic slim classic unripe rotten damp filthy closed rainy windy
+        stormy hazy misty overcast dull glossy woolly wavy elaborate handsome ugly better poor rich fine silly triple dual main entire
+        complete multi-colored multicolored excited sleepy lazy loud solemn lonely solitary stray domestic exotic suburban private
+        local foreign automatic manual woolen shabby rundown dilapidated yummy sweet spicy cheesy crusty greasy juicy creamy sick nude
+        brunette italian british french german indian russian canadian roman swiss dutch irish spanish egyptian arabic casual stylish
+        trendy naval gothic medieval victorian patriotic artistic panoramic distant upside-down parallel dense barren vast cozy
+        cramped cluttered fragile sturdy quick able handmade normal rare favorite important assorted miniature oversized medium
+        transparent vibrant pastel pinkish reddish checkered spotted burgundy violet khaki scarlet crimson aqua indigo creepy bored
+        thirsty nasty gross decadent ceramic unopened unfinished unused fourth fifth final future current early late such unattended
+        handicapped handicap shorn pointy scruffy chubby weathered awake separate grand upscale compact sparse patchy scattered wooded
+        forested chilly frosty crisp slippery sticky foamy bubbly choppy serene crowded inverted stationary minimal basic central
+        eastern western junior senior middle-aged feathery smiley googly snow-covered metropolitan alpine mixed dreary bumpy calico
+        quaint tender complex dingy hearty stuffy idle swampy amber""",
+    "VV": """sit eat wear hold carry graze lean hang throw lay lie make take give get go come see prepare contain include appear seem
+        perform enjoy read let speak kneel stare peek enter pass put say know want try sell swim float herd grab gather glide laugh
+        chop greet relax keep bring attempt approach overlook await sniff lick chew munch write ask listen hear crouch gaze peer dig
+        fill sing tell think buy send pay meet grow compete participate celebrate examine inspect observe operate wander roam forage
+        splash hover soar descend depict resemble adorn surround decorate consist follow raise drag poke sip pour stir mix bake add
+        remove extend melt skid rub scratch sweep shave receive deliver unload fix build create draw carve attach connect arrive
+        depart boil dribble steer pedal wade trot gallop drape don shear bathe scoop guide describe love gain accept select emerge
+        yawn beg knit sew begin browse allow indicate chat dine reflect portray drill march scale""",
+    "V": "threw got swung laid sat stood rode took wore flew ate drove ran swam went came saw gave wrote fell grew",
+    "ys": """swing hit kick pull push cross wait walk run ride look watch stand pose play jump reach show talk pick use point cut cook
+        race surf work rest drive catch lead display feature feed fall fly hide sleep move face stretch climb travel shine rise blow
+        capture help turn touch brush serve balance rear bite slide spin flip shake hug wash hunt lounge photograph strike lift
+        practice dive start finish return repair buck toss glance chase wipe grind tow bend leap cruise plow stroll""",
+    "yz": """roll smile stop drink ski skate skateboard paddle sail bat land pet sign train type light park board line cover spread
+        plant wave trick stick taste kiss comb share load roast grill fry blend snowboard row fish nap pack pitch fight paint sport
+        host place text shop dress trail state peel glow leave film slice mount tie groom burn bow camp drop post signal pile crowd""",
+    "e": """worn eaten seen taken drawn made shown held hung ridden flown thrown caught kept lit built broken bent set written torn
+        grown blown frozen fallen led fed split stuck strung woven cut put done gone lost laid laden clad drunk driven sold hidden
+        bitten overgrown dug shut bought""",
+    "i": """building clothing ceiling railing icing frosting topping string ring wing king wedding bedding awning crossing netting
+        seating flooring plumbing lining earring pudding drawing painting writing lighting serving landing dressing covering opening
+        setting stuffing filling offering carving marking meeting boxing""",
+    "j": "orange square oval light giant plaid antique half adult male female",
+    "S": "people men women children sheep cattle deer police geese mice feet teeth kids elk buffalo",
+    "N": """stable vegetable table family belly jelly butterfly assembly bed shed sled seed speed owner cooler dryer forest locomotive
+        handful material thing spring evening morning dwelling shelving ping lightning thanksgiving sting lily italy bully holly rally
+        trolly weed opener moped reed cleaner""",
+    "D": "a an the this these those some any every each no another both all either neither",
+    "R": """it they them he she him himself herself itself themselves i we us you me someone somebody something anyone everyone
+        everything nothing others what eachother ones anybody everybody nobody they're""",
+    "#": """two three four five six seven eight nine ten eleven twelve fifteen twenty hundred thousand thirteen fourteen thirty forty
+        fifty""",
+    "I": """in on at with into onto near under underneath beneath below above behind beside between among against along alongside
+        across through throughout toward towards atop via without within during until upon past for amid thru beyond except than like
+        aboard after before""",
+    "A": """not away together apart outdoors indoors here now still already also ahead forward backwards upright alone nearby else how
+        why then just even downhill somewhere everywhere airborne too upward uphill overhead instead downward sideways upwards
+        downwards maybe again ever never yet outward underwater upstairs downstairs onstage n't don't doesn't didn't otherwise rather""",
+    "Q": "very so quite almost more most well pretty super less extra somewhat",
+    "u": "to", "o": "one", "t": "that", "x": "there", "h": "her", "K": "and or & but nor", "P": "his their its my your our whose",
+    "W": "which who whom", "O": "of from", "b": "back side", "r": "right left",
+    "L": "while as when where because if since though although whether", "H": "will would could should might must may cannot can't",
+    "B": "is are was were be been being am isn't aren't", "d": "has have had having do does did", "n": "can",
+    "p": "up down off out over around by about inside outside"}
+# -ing words that make a compound with the noun after them ("cutting board"), the first even where a verb may stand;
+# those that describe it ("smiling people"). Then the adjectives that belong to the noun: "hot dog" is the subject.
+ING_ALWAYS = set("living dining parking cutting shopping swimming baking vending roasting".split())
+ING_COMPOUND = ING_ALWAYS | set("""sitting riding playing walking waiting running skiing surfing drinking cooking
+    reading feeding batting gaming training racing sleeping frying mixing sewing loading""".split())
+ING_STATE = set("sitting standing walking running hanging smiling moving matching oncoming flying towering".split())
+FIXED = {tuple((pair + s).split('-')) for s in ('', 's') for pair in """hot-dog stainless-steel big-ben french-fries
+    flat-screen double-decker wet-suit half-pipe top-hat big-rig orange-juice orange-slice orange-peel high-chair
+    high-heel third-base wild-flower polar-bear smart-phone""".split()}
+# "a group of people" is one phrase whose subject is people; what a picture shows is a phrase and the picture is not;
+# times, events, manners and abstractions cannot be pointed at either; ball sports are things only in "a soccer ball".
+QUANTITY = set("""group couple pair bunch lot number herd flock row line pile stack set series variety assortment bundle collection
+    crowd piece slice bit part kind type sort portion serving half dozen array pack patch amount trio team bite section selection swirl
+    halves bunches batch chunk cluster gang handful hundred load mix multitude patches plenty string strip thousand ton varieties""".split())
+PICTURES = set("picture photo photograph image view up closeup close-up shot selfie snapshot portrait footage".split())
+NOT_THINGS = set("""day night time morning afternoon evening dusk dawn daytime year hour season today summer winter game match matches
+    competition tournament contest event practice trip process action motion speed fun love style size color colour fashion position
+    height air midair flight direction order need help conversation trick stunt jump ride nap break look distance weather progress
+    unison stillness contrast life midst turn serve race talk tennis golf hockey badminton skiing type kind sort work business rest wait
+    play volley consumption adventure attempt autumn backhand call celebration daylight discussion example excitement experience feel
+    journey moment movement noon rugby skateboarding snowboarding speech surfing tonight transit use variety visibility""".split())
+BALL_SPORTS = set("soccer baseball football basketball volleyball softball".split())
+# Words that place one thing by another: phrases only with an owner or a noun before them ("his back", "hill side");
+# adverbs when bare after a preposition ("on display"); acts when taken, made or had ("taking a swing").
+LOCATIONS = set("way top front side back rear middle center centre edge end bottom left right inside outside distance".split())
+BARE = set("""display sale line fire place tow board bat town sunset sunrise horseback formation hand dinner bloom breakfast case
+    christmas circles construction course duty foot front lines lunch pairs part play row rows service shape stock""".split())
+ACTS = set("way place swing bite sip drink hit bow shot".split())
+TAKING = set("take takes taking make makes making has get do does doing getting have having taken took".split())
+# What most often does what a participle says: in "a man in a hat riding …" the man rides.
+MOVERS = set("""man men woman women boy girl child children person people guy lady player surfer skier skateboarder dog cat bird horse
+    cow sheep elephant giraffe zebra couple group team train bus truck plane boat airplane""".split())
+for group in QUANTITY, PICTURES, NOT_THINGS, BALL_SPORTS, LOCATIONS, ACTS, MOVERS:   # and their plurals
+    group.update([word + "s" for word in group])
+LEXICON = {}
+for tags, words in WORDS.items():
+    LEXICON.update((word, tags[0]) for word in words.split())
+    for word in words.split() if tags[1:] else ():                # watch -> watches, carry -> carries, ride -> rides
+        LEXICON[re.sub("(s|x|z|o|[sc]h)$", r"\1e", re.sub("(?<![aeou])y$", "ie", word)) + "s"] = tags[1]
+SUFFIXES = [(re.compile(pattern), tag) for pattern, tag in (      # for other words; the first match wins
+    (r"['’]s$", "m"), (r"[\d.,/:]*\d[\d.,/:]*(?:st|nd|rd|th|s)?$", "#"), (r".+(?:ing|in')$", "g"), (r".{2,}ed$", "e"),
+    (r".{2,}ly$", "Q"), (r".{2,}(?:(?<!t)ous|less|ful|ular|ial|onal|ical|[st]ive|[aeiou]ble|[wh]ern)$", "J"),
+    (r".+(?:ss|us|is)$", "N"), (r".+s$", "S"), (r"[^\W_]", "N"), (r",", ","))]
+DEGREES = ("(er|est)$", ""), ("(?<=e)(r|st)$", ""), (r"(.)\1(er|est)$", r"\1"), ("i(er|est)$", "y")   # bigger, tidiest
+
+
+# --------------------------------------------------------------------------------------------------- tokens, tags
+class Token(NamedTuple):
+    """A word or mark, caption[start:end]; head: index of the token it hangs on by the relation label, -1: the root."""
+    text: str
+    start: int
+    end: int
+    tag: str                                                      # a universal part of speech
+    head: int
+    label: str                                                    # a Universal Dependencies relation
+
+class Phrase(NamedTuple):
+    """A base noun phrase; its subject is the head noun with its compounds. Spans are offsets in the caption."""
+    text: str
+    span: tuple
+    subject: str
+    subject_span: tuple
+
+class Parse(NamedTuple):
+    """A caption as given, its Tokens and its Phrases, lists in the order of the caption."""
+    caption: str
+    tokens: list
+    phrases: list
+
+
+# 's; an abbreviation with its dots; a word with its hyphens, apostrophes and decimals; any other character by itself.
+# NLTK's RegexpTokenizer gives the same spans from it, in twice the time.
+TOKEN = re.compile(r"['’]s\b|\b(?:[Ss]t|[Dd]r|[Mm]rs?|[Aa]ve)\.|(?:[A-Za-z]\.){2,}"
+                   r"|[^\W_]+(?:[-'’](?!s\b)[^\W_]+|[.,:/](?=\d)\d+)*|\S")
+
+def tokenize(caption):
+    """Offsets [(start, end), …] of the words and punctuation marks of a caption; [] when there are none."""
+    return [m.span() for m in TOKEN.finditer(caption)]
+
+@lru_cache(maxsize=1 << 16)
+def tag_word(word):
+    """The tag letter of a lower-cased word seen alone: by lexicon, last part after a hyphen, degree, then suffix."""
+    if word in LEXICON:
+        return LEXICON[word]
+    last = word.rpartition("-")[2]
+    if last != word and last.isalpha():
+        tag = tag_word(last)
+        return tag if tag in "Jeg" else "S" if last[-1] == "s" else "N"
+    if any(LEXICON.get(re.sub(pattern, base, word)) == "J" for pattern, base in DEGREES):
+        return "J"
+    return next((tag for pattern, tag in SUFFIXES if pattern.match(word)), ".")
+
+
+UNDECIDED = frozenset("ysziegjphotxbnrdumVJ")
+NOUNISH = frozenset("NSJjyszigeoU#VQ")      # may come next inside a noun phrase, as first tagged
+OPENS = frozenset("DPhIOpTuAkL,.KRtB")      # comes after a verb rather than after a noun's modifier
+
+def disambiguate(words, tags):
+    """Decide every small tag letter, left to right, from its neighbours: lists in, a list of capitals out. Linear.
+
+    w is the word, k its tag; p and pp the (decided) tags before it, q and q2 the (undecided) ones after it.
+    """
+    words, tags, pp, p, prev = words + ["", ""], tags + [".", "."], "^", "^", ""
+    for i, w in enumerate(words[:-2]):
+        k, after = tags[i], words[i + 1]
+        if after in ("next", "close") and words[i + 2] == "to":
+            tags[i + 1] = "A"
+        q, q2 = tags[i + 1], tags[i + 2]
+        if k in "NS" and q in "DPh" and p in ("ST" if k == "N" else "N") or k == "S" and p == "R":
+            k = tags[i] = "V"                                     # a boy pedals his bike; as she bends
+        elif k in UNDECIDED:
+            noun_next, inside = q in NOUNISH, p in "DPJZ#M"
+            if (w, after) in FIXED: k = "N"
+            elif k == "J":                                        # each other; on top of
+                place = w in LOCATIONS and w != "next" and (p == "N" or not noun_next and q not in "rb")
+                k = "N" if place else "R" if w == "other" and (prev == "each" or q == "g") else "J"
+            elif k == "g" and w in ING_COMPOUND and q in "NSyjz" and after not in MOVERS and (
+                    p in "DPJ#MIOUZ" or p in "^,KN" and w in ING_ALWAYS and prev not in MOVERS):
+                k = "U"                                           # a cutting board
+            elif k == "g":                                        # a smiling man; of running water; the landing
+                state = w in ING_STATE and p in "^IOK,VG" and q != "V" or prev in ("of", "with") and q not in "VgJ"
+                k = "Z" if noun_next and (inside or p == "Q" or state) else "N" if p in "DPM" else "G"
+            elif k == "e":                                        # a parked car; a snow covered slope; a set
+                before = inside or p in "Q^IOK,VGN"
+                k = "Z" if before and noun_next and q != "V" else "N" if p in "DP" and prev != "all" else "E"
+            elif k == "y":                                        # to ride; people ride; a man and a woman ride
+                led = p in "WRHXT" or p == "K" and pp in "VAGE"
+                plural = p in "SB" and (noun_next or q in OPENS)
+                far = p == "N" and q in "DPIOphA" and ("S" in tags[:4] or "K" in tags[max(0, i - 4):i]) and not (
+                    set("VGEB") & set(tags[max(0, i - 6):i])) and LEXICON.get(w + "s") == "s"
+                k = "V" if led or plural or far else "N"
+            elif k == "j": k = "J" if noun_next and q not in "Vsg" and p != "N" or q in "K," and q2 == "J" else "N"
+            # verbs, has, rides, waves, painting, up, her, to, there, one, that, right, side by side, back, can, 's
+            elif k == "V": k = "N" if inside and q not in "DPh" else "V"
+            elif k == "d": k = "H" if q == "B" or q == "e" and q2 not in NOUNISH else "V"
+            elif k == "s": k = "S" if p in "DZ#IOM" or p in "PJU^" and q not in "DPh" else "V"
+            elif k == "z": k = "V" if p == "R" or p == "N" and prev in MOVERS and q in "DPIOpA" else "S"
+            elif k == "i": k = "G" if p in "SBRV" or p == "N" and (prev in MOVERS or q in "DPh") else "N"
+            elif k == "p": k = "I" if q in "DPhRo#NSJjyszieUtb" else "A"
+            elif k == "h": k = "P" if noun_next or q in "rb" else "R"
+            elif k == "u": k = "T" if q in "VB" or q + q2 in ("ND", "NP") or q == "y" and prev != "next" else "O"
+            elif k == "x": k = "X" if q in "BdVHm" else "A"
+            elif k == "o": k = "#" if q in "NSJjy" else "R"
+            elif k == "t": k = "W" if p in "NSRJ" else "D" if q in "NSJjy" else "L"
+            elif k == "r": k = "J" if noun_next or q == "b" else "N" if p in "DIOPJ" else "A"
+            elif w == "side": k = "A" if p in "NS" and after == "by" else "N"
+            elif k == "b": k = "N" if p in "DPJIO" or noun_next else "A"
+            elif k == "n": k = "H" if q in "VByA" and p in "NSRX" else "N"
+            else: k = "M" if p in "NSR" and (noun_next and q != "g" or q in "rb") else "B"
+            tags[i] = k
+        pp, p, prev = p, k, w
+    return tags[:-2]
+
+
+# ---------------------------------------------------------------------------------------------------------- heads
+# A base noun phrase over the tag letters: "red and white cups" is JkJS, "a dog's head" DNMN. k, a conjunction or comma
+# between adjectives of one noun, is found first. Repetition is bounded, so the time is linear.
+JOINED = re.compile(r"(?<=[JZ])(?:[,K]|,K)(?=Q?[JZ][JZ,KQ]{0,6}[JZNSU]{0,4}[NS])")
+NOUN_PHRASE = re.compile(r"D{0,3}P?(?:[JZ#kUM]|Q(?=[QJZ#NSU])|N(?=[NSZUM])|R(?=M)|S(?=[NSM])){0,40}[NS]|R")
+INNER = {"D": "det", "P": "nmod:poss", "R": "nmod:poss", "J": "amod", "Z": "amod", "N": "compound", "S": "compound",
+         "U": "compound", "Q": "advmod", "#": "nummod"}           # relations within a noun phrase
+WAITS = {"A": "advmod", "Q": "advmod", "I": "case", "O": "case", "T": "mark", "L": "mark", "B": "aux", "H": "aux",
+         "K": "cc", "k": "cc", ",": "punct", ".": "punct", "X": "expl", "M": "case"}   # of words that wait for a head
+
+def attach(words, tags):
+    """Close each base noun phrase over its modifiers, then `join` them; words: lower-cased; tags: capitals. Linear.
+
+    Returns heads (indices, -1: the one root), Universal Dependencies relations, {first token: head} of noun phrases.
+    """
+    head, label, ends = [-2] * len(words), [""] * len(words), {}
+    code = JOINED.sub(lambda m: "k" * len(m.group()), "".join(tags))
+    for m in NOUN_PHRASE.finditer(code):
+        start, last = m.start(), m.end() - 1
+        ends[start] = owner = adjective = last
+        for j in range(last - 1, start - 1, -1):
+            c = code[j]
+            if c == "M":                                          # 's; what stands before it belongs to the owner
+                head[j], label[j] = j - 1, "case"
+                head[j - 1], label[j - 1] = owner, "nmod:poss"
+                owner = j - 1
+            elif c == "k":                                        # black and white: white hangs on black
+                head[j], label[j] = adjective, "punct" if words[j] == "," else "cc"
+                head[adjective], label[adjective] = j - 1, "conj"
+            elif not label[j]:
+                head[j], label[j] = j + 1 if c == "Q" else owner, INNER[c]
+            adjective = j if c in "JZ" else adjective
+    join(words, code, ends, head, label)
+    return head, label, ends
+
+def join(words, code, ends, head, label):
+    """The second half of `attach`: hangs noun phrases, predicates and function words together in one pass.
+
+    A word is attached to one on its left, or its head stays -2 until one on its right, or at last the root, takes it.
+    """
+    root = pred = verb = noun = subject = rel = cc = mark = aux = x = -1     # the latest of each; -1: none
+    cases, waits = [], []                                         # adpositions for a noun; other words for a predicate
+    while x + 1 < len(words):
+        x += 1
+        k, be, h, relation = code[x], aux >= 0 and code[aux] == "B", -2, ""
+        if x in ends or k in "DPR#NSU" or k == "W" and noun < 0 or k in "JZ" and cases and aux < 0:
+            x, k = ends.get(x, x), "n"                            # a noun phrase, or a word used as one ("in red")
+        elif k == "A" and code[x + 1:x + 2] == "O" or k == "B" and code[x - 1:x] == "X":
+            k = k.lower()                                         # next to, there is: predicates
+        if k in WAITS:
+            label[x] = WAITS[k]
+            if k in "AQ" and verb > noun:
+                head[x] = verb
+            elif k not in "Kk,.M":
+                (cases if k in "IO" else waits).append(x)
+            cc = x if k in "Kk," else cc
+            aux = x if k in "HB" else aux
+            mark = x if k in "TL" and mark < 0 else mark
+            continue
+        if k == "W":                                              # who: hangs on its noun until a verb comes
+            rel, h, relation = x if subject < 0 else rel, noun, "nsubj"
+        elif k == "n" and not be:                                 # ---- a noun phrase that is no predicate
+            if cases:
+                near = noun > verb and (verb < 0 or noun == subject or words[cases[0]] in ("of", "with"))
+                h, relation = (noun, "nmod") if near else (verb, "obl")
+            elif cc >= 0 and noun >= 0:
+                h, relation, head[cc] = head[noun] if label[noun] == "conj" else noun, "conj", x
+            elif subject < 0 and (rel >= 0 or mark >= 0):
+                subject = x                                       # waits for its verb: "as an airplane flies by"
+            elif verb > noun:
+                h, relation = verb, "nsubj" if code[verb] == "B" else "obj"
+            elif root < 0:
+                root = x
+            else:
+                h, relation = root, "parataxis"
+            for t in cases:
+                head[t] = x
+            noun, cases, cc = x, [], -1
+        else:                                                     # ---- a predicate
+            nsubj, finite = "nsubj:pass" if k == "E" and aux >= 0 else "nsubj", k in "Vb" or aux >= 0
+            for t in cases + waits:
+                head[t] = x
+            if be and k not in "VG":
+                label[aux] = "aux:pass" if k == "E" else "cop"
+            if rel >= 0:                                          # a man who rides; a horse that a man rides
+                h, relation, head[rel], label[rel] = head[rel], "acl:relcl", x, nsubj if subject < 0 else "obj"
+            elif mark >= 0:                                       # while grazing; ready to go; a man to watch
+                h, relation = root, "advcl"
+                if code[mark] == "T" and subject < 0:
+                    h, relation = max(verb, noun), "xcomp" if verb > noun else "acl"
+            elif cc >= 0 and verb >= 0:                           # sits and watches
+                h, relation, head[cc] = verb, "conj", x
+            elif finite and pred < 0:                             # a man | sits
+                subject, root, pred = root, x, x
+            elif finite:                                          # a man sits and a dog | stands
+                h, relation = pred, "parataxis"
+                subject = noun if noun > verb and label[noun] in ("conj", "parataxis") else subject
+            elif root < 0:
+                root = x
+            elif noun > verb:                                     # a man in a hat | riding; holding a bat | standing
+                h = noun if k != "G" or words[noun] in MOVERS else max(verb, root)
+                relation = {"J": "amod", "a": "advmod"}.get(k, "advcl" if h == verb else "acl")
+            else:
+                h, relation = max(verb, root), "advmod" if k == "a" else "xcomp"
+            if subject >= 0:
+                head[subject], label[subject] = x, nsubj
+            noun, verb = (x, verb) if k == "n" else (noun, x)
+            cases, waits, aux, rel, cc, mark, subject = [], [], -1, -1, -1, -1, -1
+        head[x], label[x] = -2 if h < 0 else h, relation
+    if root < 0:                                                  # no clause, no bare noun phrase: the first waiting
+        root = next((t for t, h in enumerate(head) if h == -2 and code[t] not in WAITS), 0)
+    for t, h in enumerate(head):
+        if h == -2:
+            head[t], label[t] = root, label[t] or "dep"
+    head[root], label[root] = -1, "root"
+
+
+# ------------------------------------------------------------------------------------- phrases, subjects, composites
+def read_phrases(caption, spans, words, tags, label, ends):
+    """The `Phrase`s of a tree: its base noun phrases (`ends`, see `attach`) that name something one can point at.
+
+    The subject is the noun with its compounds; "of" after a word of QUANTITY joins two noun phrases into one phrase.
+    """
+    phrases, begin, words = [], -1, words + ["", ""]              # words[-1] stands before the first
+    for start, h in ends.items():
+        w, before, after, s = words[h], words[start - 1], words[h + 1], h
+        while s > start and label[s - 1] == "compound":
+            s -= 1
+        first, begin = begin if begin >= 0 and before == "of" else start, -1
+        if after == "of" and (w in QUANTITY or w == "body" and "water" in words[h + 2:h + 5]):
+            begin = first
+            continue
+        picture = w in PICTURES and (before in TAKING or after not in ("on", "hanging", "hung", "above"))
+        if (tags[h] == "R" or picture or w in NOT_THINGS or w == "corner" and after == "of"
+                or w in ACTS and before in TAKING or w in LOCATIONS and s == h and tags[start] != "P"
+                or h == start and (w in BALL_SPORTS or w in BARE and LEXICON.get(before) in ("I", "O"))
+                or before == "in" and w in ("row", "line", "circle", "group", "pile")):
+            continue
+        a, b, s = spans[first][0], spans[h][1], spans[s][0]
+        phrases.append(Phrase(caption[a:b], (a, b), caption[s:b], (s, b)))
+    return phrases
+
+def parse(caption):
+    """The `Parse` of a caption, whatever string it is; "" has no tokens and no phrases. Linear in its length."""
+    spans = tokenize(caption)
+    texts = [caption[a:b] for a, b in spans]
+    words = [text.lower() for text in texts]
+    tags = disambiguate(words, [tag_word(word) for word in words])
+    head, label, ends = attach(words, tags) if words else ([], [], {})
+    tokens = [Token(text, *span, UPOS[t], h, r) for text, span, t, h, r in zip(texts, spans, tags, head, label)]
+    return Parse(caption, tokens, read_phrases(caption, spans, words, tags, label, ends))
+
+def compose(a, b):
+    """The text of the composite of two phrases."""
+    return f"{a.text} and {b.text}"
+
+def composites(phrases, reach=8):
+    """Pairs of phrases of different text, in caption order; none more than `reach` phrases apart, so linear."""
+    return [(a, b) for i, a in enumerate(phrases) for b in phrases[i + 1:i + 1 + reach]
+            if a.text.lower() != b.text.lower()]
+
+def graph(parsed):
+    """The tree as an nltk.parse.DependencyGraph, to draw or convert: nodes 1 … n in caption order, 0 its TOP."""
+    from nltk.parse import DependencyGraph                        # here, for it takes a second to import
+    rows = [f"{t.text}\t{t.tag}\t{t.head + 1}\t{t.label}" for t in parsed.tokens]
+    return DependencyGraph("\n".join(rows), cell_separator="\t", top_relation_label="root")
+
+def to_json(parsed):
+    """The hierarchy as dictionaries and lists: caption, phrases with spans and subjects, texts of the composites."""
+    return {"caption": parsed.caption, "phrases": [p._asdict() for p in parsed.phrases],
+            "composites": [compose(a, b) for a, b in composites(parsed.phrases)]}
+
+def show(parsed):
+    """As text: a line a word (number, word, tag, relation, head), then phrases with their subjects, and composites."""
+    heads = [f"{i} {t.text}" for i, t in enumerate(parsed.tokens, 1)] + ["root"]           # head -1 is the last of these
+    lines = [parsed.caption, *(f"{i:>4} {t.text:<16} {t.tag:<6} {t.label:<11} <- {heads[t.head]}" for i, t in enumerate(parsed.tokens, 1))]
+    lines += [f"  phrase     {p.text}  (subject: {p.subject})" for p in parsed.phrases]
+    lines += [f"  composite  {compose(a, b)}" for a, b in composites(parsed.phrases)]
+    return "\n".join(lines) + "\n"
+
+def main():
+    """The command line; returns the exit status."""
+    options = argparse.ArgumentParser(description="Parse captions into trees, phrases, subjects and composites.")
+    options.add_argument("captions", nargs="*", metavar="CAPTION", help="a caption to parse")
+    options.add_argument("--file", help="parse each line of FILE as well; - is standard input")
+    options.add_argument("--json", action="store_true", help="print one JSON object a caption instead of text")
+    args = options.parse_args()
+    if not args.captions and args.file is None:
+        sys.stderr.write("parse.py: nothing to parse: give a caption in quotes, or --file FILE (- is standard input)\n")
+        return 2
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        stream = open(0 if args.file == "-" else args.file or os.devnull, encoding="utf-8", errors="replace")
+        for caption in chain(args.captions, stream):
+            parsed = parse(caption.rstrip("\r\n"))
+            print(json.dumps(to_json(parsed), ensure_ascii=False) if args.json else show(parsed))
+        sys.stdout.flush()
+    except BrokenPipeError:                                       # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        sys.stderr.write(f"parse.py: cannot read {args.file}: {error.strerror}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

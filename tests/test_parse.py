@@ -1,0 +1,294 @@
+"""Tests of parse.py: against hand-made parses, by properties that hold for every string, and as a user runs it.
+
+coco_heldout.jsonl: 40 captions of COCO 2017 (CC BY 4.0, COCO Consortium) drawn at random and annotated by hand before
+the parser was tuned, by the guidelines of the gold set; the gold set itself lies beside the project, where there is one.
+"""
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import parse as P  # noqa: E402
+
+GOLD = ROOT.parent / "shared" / "gold" / "coco_gold.jsonl"
+
+
+# ------------------------------------------------------------------------------------------------------- accuracy
+def f1(rows, key):
+    """F1 of the multisets of key(phrase, subject) over annotated captions; a leading article does not count."""
+    hit = found = wanted = 0
+    for row in rows:
+        gold = Counter(key(p["text"], p["subject"]) for p in row["phrases"])
+        got = Counter(key(p.text, p.subject) for p in P.parse(row["caption"]).phrases)
+        hit, found, wanted = hit + (gold & got).total(), found + got.total(), wanted + gold.total()
+    return 2 * hit / (found + wanted)
+
+
+def without_article(text, subject):
+    words = text.lower().split()
+    return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
+
+
+@pytest.mark.parametrize("path, floors", [(GOLD, (.975, .98, .985)), (ROOT / "tests/coco_heldout.jsonl", (.95, .96, .97))])
+def test_accuracy_on_annotated_captions(path, floors):
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    keys = without_article, lambda text, subject: subject.lower(), lambda text, subject: subject.lower().split()[-1]
+    for key, floor in zip(keys, floors):
+        assert f1(rows, key) >= floor
+
+
+# The caption with [phrase], the subject being what follows | in it.
+MARKED = """
+[A |man] riding [a |wave] on [a |surfboard].
+[Two |zebras] cross [a |road].
+[A |train] stops at [a |station] in [the |city].
+[A |skateboarder] doing a trick on [a |skate park ramp].
+[A |park bench] next to [parked |cars].
+[A |dog] watches [a |bird] through [a |window].
+[A group of young |people] playing [|frisbee] in [a |field].
+[A slice of |pizza] and [a |bowl] of [|fruit] on [a |plate].
+A close up of [a |hot dog] with [|mustard] on top.
+[The |man] in [the |park] is flying [his |kite] in the air.
+[A |couple] sit at [a |table] in front of [a |fire place].
+[A snow covered |slope] with [three |skiers] in the distance.
+[A |bathroom] with [a |toilet], [|sink] and [|tub].
+[A |man] and [|woman] walk along [the |beach] at sunset.
+[A cat's |tail] hangs off the edge of [a |couch].
+[a woman's red |purse]
+[|man] wearing [a blue |shirt]
+[the |leg] of [the |chair]
+[|cars] parked on [the |street]
+[the |sky] is blue and clear
+[white |letters] on [a green |sign]
+[|wheels] on the back of [the |truck]
+[the person's right |hand]
+[A |man] in [a blue |shirt] is standing on [a |ladder] cleaning [a |window].
+[Several |men] in [hard |hats] are operating [a giant |pulley system].
+[A |child] in [a pink |dress] is climbing up [a set of |stairs] in [an |entry way].
+[Two young |guys] with [shaggy |hair] look at [their |hands] while hanging out in [the |yard].
+[A |girl] blowing [|bubbles] in [the |park] as [her |father] watches from [a |bench].
+[A black and white |dog] runs through [tall |grass] with [a |ball] in [its |mouth].
+[left |guy] in red
+[second |zebra] from right
+[|woman] on far left with [|umbrella]
+[bottom right |bowl] of [|soup]
+[red |umbrella] second from left
+[the tallest |giraffe]
+[a small red |circle] is above [two blue |stars] and [a green |heart], left of [a yellow |ring]
+[a red |circle] and [a blue |star]
+there is [a green |triangle] next to [a small yellow |square]
+[a large purple |ring] above [an orange |heart]
+[a cyan |diamond], [a pink |cross] and [a white |moon]
+[the brown |arrow] is to the left of [the gray |hexagon]
+[two |shapes]: [a red |star] beside [a blue |circle]
+a picture of [a black |crescent] below [a teal |oval]
+[a magenta |plus] beside [an orange |drop] and [three white |rectangles]
+[a grey |pentagon] is to the right of [the tiny orange |flower] and below [a purple |bar]
+"""
+
+
+def marked(caption, phrases):
+    """The caption with its phrases marked as above."""
+    for p in reversed(phrases):
+        (a, b), s = p.span, p.subject_span[0]
+        caption = f"{caption[:a]}[{caption[a:s]}|{caption[s:b]}]{caption[b:]}"
+    return caption
+
+
+@pytest.mark.parametrize("line", MARKED.strip().splitlines())
+def test_phrases_and_subjects(line):
+    caption = line.replace("[", "").replace("]", "").replace("|", "")
+    assert marked(caption, P.parse(caption).phrases) == line
+
+
+def test_every_drawn_scene_is_parsed():
+    shapes = """circle square triangle star heart ring cross diamond moon crescent arrow hexagon pentagon oval ellipse
+        rectangle bar plus drop flower""".split()
+    colours = "red green blue yellow purple pink brown black white gray grey cyan teal magenta orange".split()
+    joins = " and |, | above | next to | is below | to the left of | is to the right of | and ".split("|")
+    for i, (shape, colour) in enumerate((s, c) for s in shapes for c in colours):
+        other, tint, join = shapes[(i * 7 + 3) % 20], colours[(i * 4 + 1) % 15], joins[i % len(joins)]
+        first, second = f"a {colour} {shape}", f"the small {tint} {other}"
+        got = P.parse(first + join + second).phrases
+        assert [(p.text, p.subject) for p in got] == [(first, shape), (second, other)]
+
+
+# --------------------------------------------------------------------------------------------------------- trees
+# word/head/relation, the head by its place in the caption (1 is the first word, 0 the root).
+TREES = """
+A/2/det man/0/root riding/2/acl a/5/det horse/3/obj
+Two/2/nummod zebras/3/nsubj cross/0/root a/5/det road/3/obj ./3/punct
+A/2/det dog/3/nsubj watches/0/root a/5/det bird/3/obj
+The/2/det man/4/nsubj is/4/aux holding/0/root a/6/det phone/4/obj
+A/2/det car/4/nsubj:pass is/4/aux:pass parked/0/root on/7/case the/7/det street/4/obl
+grass/3/nsubj is/3/cop green/0/root
+There/2/expl is/0/root a/4/det cat/2/nsubj on/7/case the/7/det bed/2/obl
+a/3/det red/3/amod circle/0/root and/7/cc a/7/det blue/7/amod star/3/conj
+a/2/det leg/0/root of/5/case the/5/det chair/2/nmod
+a/5/det black/5/amod and/4/cc white/2/conj cat/0/root
+a/2/det woman/5/nmod:poss 's/2/case red/5/amod purse/0/root
+two/2/nummod people/0/root walking/2/acl on/6/case the/6/det sidewalk/3/obl
+A/2/det man/0/root that/4/nsubj rides/2/acl:relcl a/6/det bike/4/obj
+A/3/det fire/3/compound hydrant/4/nsubj sits/0/root on/7/case a/7/det sidewalk/4/obl
+her/2/nmod:poss hand/0/root
+A/2/det boy/3/nsubj sits/0/root and/5/cc eats/3/conj a/7/det banana/5/obj
+a/4/det very/3/advmod tall/4/amod building/0/root
+A/2/det girl/3/nsubj stands/0/root while/5/mark holding/3/advcl a/7/det kite/5/obj
+A/2/det bike/0/root next/2/advmod to/6/case a/6/det wall/3/obl
+a/2/det cup/0/root ,/5/punct a/5/det fork/2/conj and/8/cc a/8/det plate/2/conj
+A/2/det man/3/nsubj tries/0/root to/5/mark catch/3/xcomp a/7/det frisbee/5/obj
+The/2/det cat/6/nsubj is/6/cop on/6/case the/6/det bed/0/root
+parked/2/amod cars/0/root
+"""
+
+
+@pytest.mark.parametrize("line", TREES.strip().splitlines())
+def test_trees(line):
+    rows = [item.rsplit("/", 2) for item in line.split()]
+    caption = " ".join(word for word, _, _ in rows).replace(" 's", "'s")
+    assert [(t.text, str(t.head + 1), t.label) for t in P.parse(caption).tokens] == [tuple(row) for row in rows]
+
+
+def test_tags_are_universal():
+    tags = [t.tag for t in P.parse("A man's two small dogs are slowly eating it, and he runs to a park.").tokens]
+    assert tags == """DET NOUN PART NUM ADJ NOUN AUX ADV VERB PRON PUNCT CCONJ PRON VERB ADP DET NOUN PUNCT""".split()
+
+
+def test_graph_agrees_with_the_tokens():
+    parsed = P.parse("A group of people are standing next to a red bus.")
+    g = P.graph(parsed)
+    assert len(g.nodes) == len(parsed.tokens) + 1 and g.root["word"] == "standing"
+    for i, t in enumerate(parsed.tokens, 1):
+        node = g.nodes[i]
+        assert (node["word"], node["tag"], node["head"], node["rel"]) == (t.text, t.tag, t.head + 1, t.label)
+        assert i in g.nodes[t.head + 1]["deps"][t.label]
+    assert g.tree().label() == "standing" and not g.contains_cycle()
+
+
+# ---------------------------------------------------------------------------------------------------- any string
+def check(caption):
+    """What holds for the parse of every string: exact slices in order, one root, no cycle, known tags."""
+    parsed = P.parse(caption)
+    assert parsed.caption == caption and [(t.start, t.end) for t in parsed.tokens] == P.tokenize(caption)
+    at = 0
+    for t in parsed.tokens:
+        assert at <= t.start < t.end and caption[t.start:t.end] == t.text and not caption[at:t.start].strip()
+        assert t.tag in set(P.UPOS.values()) and t.label and (t.head == -1) == (t.label == "root")
+        at = t.end
+    heads = [t.head for t in parsed.tokens]
+    assert heads.count(-1) == bool(heads)
+    safe = {-1}                                                   # indices from which the root is reached
+    for i in range(len(heads)):
+        path = []
+        while i not in safe:
+            path.append(i)
+            assert len(path) <= len(heads), "a cycle"
+            i = heads[i]
+        safe.update(path)
+    at = 0
+    for p in parsed.phrases:
+        (a, b), (s, e) = p.span, p.subject_span
+        assert at <= a <= s < e == b and caption[a:b] == p.text and caption[s:e] == p.subject
+        at = b
+    json.dumps(P.to_json(parsed))
+    assert P.show(parsed)
+
+
+def test_any_sequence_of_words_gives_a_tree():
+    rng = random.Random(0)
+    words = [*P.LEXICON, "'s", '"', ",", ".", "dog", "cats", "parked", "7", "t-shirt"] + "a the of and is that to".split() * 40
+    for _ in range(3000):
+        check(" ".join(rng.choice(words) for _ in range(rng.randint(0, 18))))
+
+
+def test_any_characters_give_a_tree():
+    rng = random.Random(1)
+    ranges = (0, 127), (0, 0x2FFF), (0x590, 0x6FF), (0x1F300, 0x1F6FF), (0xD800, 0xDFFF)
+    for _ in range(1500):
+        check("".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randint(0, 60))))
+
+
+@pytest.mark.parametrize("caption", [
+    "", " ", "\n\t", ".", "'s", "the", "<b>A dog</b> &amp; a cat", "כלב ליד חתול", "a 🐕 next to a 🐈", "\u202ea man\u202c",
+    "naïve café", "a\x00man\x1b[0m", '"', 'a man "says', "don't", "A DOG AND A CAT"])
+def test_odd_captions(caption):
+    check(caption)
+
+
+@pytest.mark.parametrize("piece", ["very ", "dog ", "a dog's ", "red and ", "red, ", "as in dog ", "while the dog and ", "is ",
+                                   "that in cat ", "next to ", '"', "a-", "1,", "a.b.", "man with a hat "])
+def test_ten_thousand_words(piece):
+    check(piece * 10000)
+
+
+def test_a_word_of_a_hundred_thousand_letters():
+    check("a " + "x" * 100000 + "ed dog")
+
+
+def test_the_same_caption_gives_the_same_parse():
+    caption = "A man and a woman ride two brown horses on the beach near some boats."
+    first = P.parse(caption)
+    P.tag_word.cache_clear()
+    assert P.parse(caption) == first
+
+
+# ---------------------------------------------------------------------------------------------------- composites
+def test_composites():
+    phrases = P.parse("A cat and a dog, the cat next to a cat").phrases
+    texts = [P.compose(a, b) for a, b in P.composites(phrases)]
+    assert texts == ["A cat and a dog", "A cat and the cat", "a dog and the cat", "a dog and a cat", "the cat and a cat"]
+    many = P.composites(P.parse("a dog and a cat, " * 200).phrases)
+    assert len(many) < 400 * 8
+
+
+# -------------------------------------------------------------------------------------------------- command line
+def run(*args, text=""):
+    data = text.encode() if isinstance(text, str) else text
+    return subprocess.run([sys.executable, str(ROOT / "parse.py"), *args], input=data, capture_output=True, cwd=ROOT,
+                          env={**os.environ, "PYTHONIOENCODING": ""})
+
+
+def test_cli_prints_tree_and_hierarchy():
+    out = run("a man riding a brown horse").stdout.decode()
+    assert "riding" in out and "acl" in out and "NOUN" in out
+    assert "a brown horse" in out and "horse" in out and "a man and a brown horse" in out
+
+
+def test_cli_json_is_one_object_a_caption_in_order(tmp_path):
+    lines = ["A dog.", "", "Un café près d'un chien", "two cats on a bed"]
+    (tmp_path / "c.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for result in run("--json", "--file", str(tmp_path / "c.txt")), run("--json", "--file", "-", text="\n".join(lines)):
+        rows = [json.loads(line) for line in result.stdout.decode("utf-8").splitlines()]
+        assert result.returncode == 0 and [row["caption"] for row in rows] == lines
+        assert rows[1] == {"caption": "", "phrases": [], "composites": []}
+        assert rows[3]["phrases"][0] == {"text": "two cats", "span": [0, 8], "subject": "cats", "subject_span": [4, 8]}
+        assert rows[3]["composites"] == ["two cats and a bed"]
+        assert "café".encode() in result.stdout
+
+
+def test_cli_reads_bytes_that_are_no_utf8():
+    result = run("--json", "--file", "-", text=b"a caf\xe9 table\r\na dog\r\n")
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert result.returncode == 0 and len(rows) == 2 and rows[1]["caption"] == "a dog"
+
+
+@pytest.mark.parametrize("args, word", [((), "--file"), (("--file", "no/such/file"), "no/such/file"), (("--file", "."), ".")])
+def test_cli_says_what_is_wrong_in_one_line(args, word):
+    result = run(*args)
+    error = result.stderr.decode()
+    assert result.returncode == 2 and not result.stdout and error.count("\n") == 1 and word in error
+
+
+def test_cli_stops_quietly_when_the_reader_does():
+    script = f"yes 'a dog next to a cat' | head -20000 | '{sys.executable}' parse.py --json --file - | head -1"
+    result = subprocess.run(script, shell=True, capture_output=True, cwd=ROOT)
+    assert result.stdout.count(b"\n") == 1 and not result.stderr
