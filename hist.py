@@ -21,7 +21,6 @@ import random
 import sys
 import textwrap
 import time
-import urllib.error
 import urllib.request
 import zipfile
 from collections import Counter
@@ -47,7 +46,6 @@ import parse as parser
 class UserError(Exception):
     """A mistake that the person at the keyboard can mend: printed as one line, exit status 2, no traceback."""
 
-
 # ---------------------------------------------------------------------------------------------------- options
 LEVELS = ("caption", "phrase", "subject", "composition")
 
@@ -63,15 +61,15 @@ class Options:
     out: str = option("", "folder for all that a run writes [out/NAME]")
     levels: str = option(",".join(LEVELS), "levels of the HIST training; 'caption' trains the baseline alone")
     steps: int = option(0, "optimiser steps of each training [scenes 1200, else 10 epochs]")
-    batch_size: int = option(0, "images a step [scenes 32, else 64]")
+    batch_size: int = option(-1, "images a step [scenes 32, else 64]")
     lr: float = option(0.0, "peak learning rate [scenes 2e-3, else 3e-4]")
     composition_weight: float = option(0.1, "lambda, the weight of the composition loss")
     composition_start: float = option(0.7, "share of the steps after which composition ramps in")
     vit: str = option("", "any timm ViT, from scratch [scenes: one layer on a stem, else vit_small_patch16_224, on CPU vit_tiny…]")
-    image_size: int = option(0, "side of the square image, pixels [scenes 48, else 224]")
-    width: int = option(0, "width of text and fusion layers [scenes 64, else 384]")
-    text_layers: int = option(0, "layers of the text encoder [scenes 1, else 4]")
-    fusion_layers: int = option(0, "layers in which text attends to the image [scenes 2, else 4]")
+    image_size: int = option(-1, "side of the square image, pixels [scenes 48, else 224]")
+    width: int = option(-1, "width of text and fusion layers [scenes 64, else 384]")
+    text_layers: int = option(-1, "layers of the text encoder [scenes 1, else 4]")
+    fusion_layers: int = option(-1, "layers in which text attends to the image [scenes 2, else 4]")
     cam_layer: int = option(-1, "fusion layer that Grad-CAM reads, 0 the first [the middle one]")
     vocab_size: int = option(10_000, "words kept, most frequent first; the rest are [UNK]")
     eval_images: int = option(500, "held-out images to evaluate on; 0 all of them")
@@ -83,11 +81,9 @@ class Options:
     eval_only: bool = option(False, "evaluate the checkpoints in --out, no training")
     ground: list = option(None, "draw where the last trained model looks: PICTURE PHRASE [PHRASE ...]")
 
-
 SCENES = dict(steps=1200, batch_size=32, lr=2e-3, vit="scenes", image_size=48, width=64, text_layers=1, fusion_layers=2, workers=0)
 PHOTOS = dict(batch_size=64, lr=3e-4, vit=f"vit_{'small' if torch.cuda.is_available() else 'tiny'}_patch16_224", image_size=224,
               width=384, text_layers=4, fusion_layers=4, workers=min(8, os.cpu_count() or 1))
-
 
 # ------------------------------------------------------------------------------------------------ data: scenes
 # Every reader makes records {"image": path or array, "captions": [str, …], "targets": [{"phrase": str,
@@ -180,7 +176,6 @@ class Scenes:
     def __getitem__(self, i):
         return draw_scene(random.Random(f"{self.stream} {i}"), self.side, self.fewest)
 
-
 # ------------------------------------------------------------------------------- data: COCO, and your own images
 COCO_URL = "http://images.cocodataset.org/"
 COCO_FILES = {"annotations/annotations_trainval2017.zip": "f4bbac642086de4f52a3fdda2de5fa2c",     # name: MD5
@@ -193,7 +188,7 @@ def fetch(url, path, md5):
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {}), timeout=60) as reply:
             have = have if reply.status == 206 else 0          # 206: the server goes on from there; else from the start
-            with open(part, "ab" if have else "wb") as f, tqdm(total=have + int(reply.headers["Content-Length"]), initial=have,
+            with open(part, "ab" if have else "wb") as f, tqdm(total=have + int(reply.headers["Content-Length"] or 0), initial=have,
                                                                unit="B", unit_scale=True, desc=path.name) as bar:
                 while block := reply.read(1 << 20):
                     f.write(block)
@@ -216,18 +211,17 @@ def download_coco(root):
         archive, folder = root / Path(name).name, "annotations" if "annotations" in name else Path(name).stem
         if (root / folder).exists():
             continue
-        if not archive.exists():
-            fetch(COCO_URL + name, archive, md5)
+        if archive.exists():                                   # one that somebody else brought: checked like our own
+            archive.rename(archive.with_name(archive.name + ".part"))
+        fetch(COCO_URL + name, archive, md5)
         with zipfile.ZipFile(archive) as z:
-            for member in tqdm(z.infolist(), desc=f"unpacking {archive.name}", unit="file"):
-                z.extract(member, root / "unpacking")
+            z.extractall(root / "unpacking", tqdm(z.infolist(), desc=f"unpacking {archive.name}", unit="file"))
         (root / "unpacking" / folder).rename(root / folder)
         archive.unlink()
 
 def read_coco(root, split):
     """Records of COCO 2017: "train" with captions, "val" with targets too (the instances of each category in an image)."""
-    captions, instances, folder = (root / "annotations" / f"captions_{split}2017.json",
-                                   root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017")
+    captions, instances, folder = (root / name.format(split) for name in ("annotations/captions_{}2017.json", "annotations/instances_{}2017.json", "{}2017"))
     missing = [str(p) for p in (captions, instances, folder) if not p.exists()]
     if missing:
         raise UserError(f"no COCO 2017 in {root}: there is no {', no '.join(missing)}. Point --root at the folder that holds train2017/, "
@@ -250,6 +244,8 @@ def read_coco(root, split):
                 t["boxes"].append([x, y, x + w, y + h])
                 t["mask"]["parts"].append(a["segmentation"])
     records = [{**r, "targets": list(r["targets"].values())} for r in records.values() if r["captions"]]
+    if not records:
+        raise UserError(f"{folder} holds none of the images that {captions} names")
     if len(records) < len(said["images"]):
         print(f"{folder}: {len(said['images']) - len(records)} of {len(said['images'])} images have no file or no caption: left out", file=sys.stderr)
     return records
@@ -285,7 +281,7 @@ def read_jsonl(path):
     target = lambda t: (isinstance(t, dict) and text(t.get("phrase")) and t["phrase"].strip() and listed(t.get("boxes"), box) and
                         (t.get("mask") is None or isinstance(t["mask"], dict) and {"size", "parts"} <= t["mask"].keys()))
     train, held_out = [], []
-    for n, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for n, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -298,17 +294,20 @@ def read_jsonl(path):
                      '"split" must be "train", "val" or "test"' if r.get("split", "train") not in ("train", "val", "test") else
                      '"targets" must be a list of {"phrase": …, "boxes": [[x0, y0, x1, y1], …]}, x0 < x1, y0 < y1'
                      if r.get("targets") and not listed(r["targets"], target) else "")
+            for t in r.get("targets") or [] if not wrong else []:
+                t.get("mask") is None or decode_mask(t["mask"])
         except json.JSONDecodeError as e:
             wrong = f"not JSON: {e.msg} at column {e.colno}"
+        except (TypeError, ValueError) as e:
+            wrong = f"a mask must be polygons or uncompressed run lengths ({e})"
         if wrong:
             raise UserError(f"{path}, line {n}: {wrong}")
-        r = {"targets": [], **r, "image": path.parent / r["image"]}
-        (train if r.get("split", "train") == "train" else held_out).append(r)
+        (train if r.get("split", "train") == "train" else held_out).append(
+            {**r, "targets": r.get("targets") or [], "image": path.parent / r["image"]})
     if not train:
         raise UserError(f"{path}: there is no record to train on")
     if not held_out:
-        held_out = train[9::10] or train[-1:]
-        train = [r for r in train if not any(r is h for h in held_out)] or train
+        train, held_out = [r for i, r in enumerate(train) if i % 10 != 9 and len(train) > 9] or train[:-1] or train, train[9::10] or train[-1:]
         print(f'{path.name}: no line says "split": "val"; {len(held_out)} of the records are held out to evaluate on', file=sys.stderr)
     return train, held_out
 
@@ -323,7 +322,6 @@ def load_data(o):
     if not Path(o.data).is_file():
         raise UserError(f"--data {o.data}: neither scenes, coco, nor a file")
     return read_jsonl(Path(o.data))
-
 
 # -------------------------------------------------------------------------------------------- samples and batches
 PAD, CLS, MASK, UNK = range(4)
@@ -366,13 +364,16 @@ def key(text):
     words = text.lower().split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
 
+def load_pixels(image):
+    """A path or an array as an array (H, W, 3) uint8."""
+    try:
+        return image if isinstance(image, np.ndarray) else np.array(Image.open(image).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:      # as PIL has it
+        raise UserError(f"{image}: not readable as a picture ({e})")
+
 def read_image(image, side, crop=None):
-    """A path or an array (H, W, 3) as a uint8 tensor (3, side, side), squeezed to the square; crop: an rng for a random part of it."""
-    if not isinstance(image, np.ndarray):
-        try:
-            image = np.array(Image.open(image).convert("RGB"))
-        except OSError as e:
-            raise UserError(f"{image}: not readable as a picture ({e})")
+    """A path or an array as a uint8 tensor (3, side, side), squeezed to the square; crop: an rng for a random part of it."""
+    image = load_pixels(image)
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
     if crop:
         height, width = (round(edge * crop.uniform(0.7, 1)) for edge in image.shape[:2])
@@ -433,7 +434,6 @@ def collate(samples):
 
 def to_device(batch, device):
     return {k: to_device(v, device) if isinstance(v, dict) else v.to(device, non_blocking=True) for k, v in batch.items()}
-
 
 # ---------------------------------------------------------------------------------------------------------- model
 class Attention(nn.Module):
@@ -497,7 +497,7 @@ class HIST(nn.Module):
             self.vit = scenes_vit(o) if o.vit == "scenes" else timm.create_model(o.vit, num_classes=0, img_size=o.image_size)
         except Exception as e:                                 # timm has as many exceptions as models
             raise UserError(f"--vit {o.vit} --image-size {o.image_size}: {e}")
-        if not isinstance(self.vit, VisionTransformer):
+        if not all(hasattr(self.vit, part) for part in ("patch_embed", "blocks", "num_prefix_tokens")):
             raise UserError(f"--vit {o.vit} is no ViT; timm.list_models('vit*') lists them")
         self.grid, self.prefix, D = self.vit.patch_embed.grid_size, self.vit.num_prefix_tokens, self.vit.embed_dim
         self.words = nn.Embedding(len(vocabulary), o.width)
@@ -538,7 +538,6 @@ class HIST(nn.Module):
         states, maps = self.fuse(T, mask, image, rows)
         return self.match_head(states[:, 0]), maps
 
-
 # ------------------------------------------------------------------------------------------------------- Grad-CAM
 def grad_cam(attention, score, mask, grid, prefix=1, create_graph=False):
     """Where a score looks: M = mean over heads and text tokens of A * ReLU(ds/dA) (Selvaraju et al., arXiv 1610.02391; ALBEF, section 6).
@@ -557,7 +556,6 @@ def locate(model, T, mask, image, rows, layer, create_graph=False):
     logits, attentions = model.match(T, mask, image, rows)
     maps = grad_cam(attentions[layer], logits[:, 1], mask, model.grid, model.prefix, create_graph)
     return maps, logits.detach().softmax(-1)[:, 1]
-
 
 # --------------------------------------------------------------------------------------------------------- losses
 def itc_loss(image_features, text_features, positives, temperature):
@@ -612,9 +610,7 @@ def training_losses(model, batch, levels, hardness, cam_layer):
     losses, figures = {}, {}
     image_features, image = model.encode_image(batch["image"])
     temperature = model.log_temperature.exp().clamp(0.01, 1)
-    for level in LEVELS[:3]:
-        if level not in levels or level not in batch:
-            continue
+    for level in [level for level in LEVELS[:3] if level in levels and level in batch]:
         text = batch[level]
         rows, positives, n = text["rows"], text["positives"], len(text["rows"])
         T, mask, text_features = model.encode_text(text["ids"])
@@ -644,7 +640,6 @@ def training_losses(model, batch, levels, hardness, cam_layer):
                    "map_entropy": torch.special.entr(share).sum(1).mean() / math.log(share.shape[1])}
     return losses, figures
 
-
 # ------------------------------------------------------------------------------------------------------- measures
 def pointing_game(heat, region):
     """Whether the highest point of a map (height, width) lies in a region (height, width) of truth (Zhang et al., arXiv 1608.00507)."""
@@ -653,7 +648,7 @@ def pointing_game(heat, region):
 def multi_object_iou(heat, union, thresholds=np.linspace(0.05, 0.95, 19)):
     """IoU of a map (height, width), cut at fractions of its maximum, with the union of the targets' masks: (thresholds,)."""
     marked = heat >= thresholds[:, None, None] * max(heat.max(), 1e-12)
-    return (marked & union).sum((1, 2)) / (marked | union).sum((1, 2))
+    return (marked & union).sum((1, 2)) / (marked | union).sum((1, 2)).clip(1)
 
 def balance(heat, mask1, mask2):
     """The smaller of two targets' shares of a map over the larger: 1 when both get as much, 0 when one gets nothing."""
@@ -663,8 +658,8 @@ def balance(heat, mask1, mask2):
 def box_mask(boxes, side):
     """Boxes [[x0, y0, x1, y1], …] filled: (side, side) bool."""
     filled = np.zeros((side, side), dtype=bool)
-    for x0, y0, x1, y1 in boxes:
-        filled[max(0, math.floor(y0)):math.ceil(y1), max(0, math.floor(x0)):math.ceil(x1)] = True
+    for x0, y0, x1, y1 in np.clip(boxes, 0, side):
+        filled[math.floor(y0):math.ceil(y1), math.floor(x0):math.ceil(x1)] = True
     return filled
 
 def truth(record, side):
@@ -733,22 +728,23 @@ def evaluate(model, vocabulary, records, o):
     result["r1_image_to_text_chance"] = result["r1_text_to_image_chance"] = 1 / len(records)
     return {k: round(float(v), 5) for k, v in result.items()}
 
-
 # ------------------------------------------------------------------------------------------------------- pictures
 def draw_panels(rows, path, title):
-    """Rows of panels (text, image (side, side, 3), map (side, side) or None, target region (side, side) or None) as a picture file."""
+    """Rows of panels (text, image (H, W, 3), map (side, side) or None, target region (side, side) or None) as a picture file."""
     figure = Figure(figsize=(2.6 * len(rows[0]), 2.75 * len(rows) + 1), layout="constrained")
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for ax, (text, image, heat, region) in zip(axes.flat, itertools.chain(*rows)):
-        ax.imshow(image)
+        ax.imshow(image, extent=(0, 1, 1, 0), aspect=image.shape[0] / image.shape[1])
         if heat is not None:
-            shown = ax.imshow(heat / max(heat.max(), 1e-12), cmap="inferno", alpha=0.7, vmin=0, vmax=1)
-            ax.plot(*divmod(int(heat.argmax()), heat.shape[1])[::-1], "x", color="cyan", markersize=9, markeredgewidth=2)
+            shown = ax.imshow(heat / max(heat.max(), 1e-12), extent=(0, 1, 1, 0), aspect="auto", cmap="inferno", alpha=0.7, vmin=0, vmax=1)
+            ax.set_aspect(image.shape[0] / image.shape[1])
+            y, x = divmod(int(heat.argmax()), heat.shape[1])
+            ax.plot((x + 0.5) / heat.shape[1], (y + 0.5) / heat.shape[0], "x", color="cyan", markersize=9, markeredgewidth=2)
         if region is not None:
-            ax.contour(region, [0.5], colors="white", linewidths=1.5)
-        ax.set_title(textwrap.fill(text, 32), fontsize=9)
+            ax.contour(region, [0.5], extent=(0, 1, 0, 1), colors="white", linewidths=1.5)
+        ax.set_title(textwrap.fill(text, 32), fontsize=9, parse_math=False)
         ax.set_axis_off()
-    figure.colorbar(shown, ax=axes, location="bottom", shrink=0.5, aspect=50,
+    figure.colorbar(shown, ax=axes, location="bottom", shrink=0.6, aspect=50, pad=0.05 / len(rows),
                     label="Grad-CAM, share of each map's maximum (cross: its highest point; white line: the target)")
     figure.suptitle(title)
     figure.savefig(path, dpi=100, bbox_inches="tight")
@@ -759,7 +755,7 @@ def panels(name, model, vocabulary, image, phrases, regions, o):
     texts = phrases + [" and ".join(phrases)] * (len(phrases) > 1)
     regions = regions + [np.logical_or.reduce(regions)] if regions else [None] * len(texts)
     maps, match = maps_of(model, vocabulary, pixels[None].to(o.device), texts, [0] * len(texts), o)
-    picture = pixels.permute(1, 2, 0).numpy()
+    picture = load_pixels(image)
     return [(name, picture, None, None)] + [(f"{t} ({m:.2f})", picture, h, r) for t, m, h, r in zip(texts, match, maps, regions)]
 
 def draw_grounding(models, vocabulary, records, o, path):
@@ -780,22 +776,22 @@ def draw_curves(metrics, path):
     axes = figure.subplots(math.ceil(len(names) / 3), 3, squeeze=False).flat
     for ax, name in itertools.zip_longest(axes, names):
         ax.set_visible(name is not None)
-        for run in dict.fromkeys(line["run"] for line in lines):
+        for colour, run in enumerate(dict.fromkeys(line["run"] for line in lines)):
             points = np.array([(line["step"], line["losses"][name]) for line in lines if line["run"] == run and name in line["losses"]])
             if len(points):
                 parts = np.array_split(points, min(50, len(points)))
-                ax.plot(*np.array([part.mean(0) for part in parts]).T, label=run)
+                ax.plot(*np.array([part.mean(0) for part in parts]).T, color=f"C{colour}", label=run)
                 ax.set(title=f"{name.replace('_', ' ')} loss", xlabel="step")
                 ax.legend()
     figure.savefig(path, dpi=100)
 
-
 # ------------------------------------------------------------------------------------------------------- training
 def load_checkpoint(path, device="cpu"):
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(path, map_location=device, weights_only=True)
+        return saved if saved["model"] and saved["options"] else None
     except Exception as e:                                     # torch.load has as many exceptions as there are ways to be no checkpoint
-        raise UserError(f"{path} is no checkpoint of hist.py: {str(e).splitlines()[0]}")
+        raise UserError(f"{path} is no checkpoint of hist.py: {repr(e).splitlines()[0][:200]}")
 
 def restore(path, o):
     """(model, vocabulary, checkpoint) from a checkpoint file and options that fit it."""
@@ -819,6 +815,8 @@ def train(name, levels, samples, o):
     if o.resume and path.exists():
         model, _, saved = restore(path, o)
         start, seconds = saved["step"], saved["seconds"]
+        if saved["vocabulary"] != list(samples.vocabulary):
+            raise UserError(f"{path} was trained on other captions: --resume goes on with the same --data")
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=0.02, betas=(0.9, 0.98), fused=o.device != "mps")
     warmup = max(1, min(100, o.steps // 10))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / warmup) * max(
@@ -829,7 +827,7 @@ def train(name, levels, samples, o):
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         torch.set_rng_state(saved["random"]["cpu"].cpu())
-        if cuda:
+        if cuda and saved["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(saved["random"]["cuda"].cpu())
     kept = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     metrics.write_text("".join(json.dumps(k) + "\n" for k in kept if k["run"] != name or k["step"] <= start and "losses" in k))
@@ -866,7 +864,6 @@ def train(name, levels, samples, o):
                             "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}}, path.with_suffix(".tmp"))
                 os.replace(path.with_suffix(".tmp"), path)     # a checkpoint is whole, or it is the one before
     return model, seconds
-
 
 # ----------------------------------------------------------------------------------------------------------- main
 TABLE = {"pointing_phrases": "pointing, phrases", "pointing_subjects": "pointing, subjects", "multi_object_iou": "multi-object IoU",
@@ -907,11 +904,13 @@ def settle(given):
         once = dict(resume=False, eval_only=False, ground=None, download=False, device="auto")
         o = Options(**{**load_checkpoint(found[-1])["options"], **once, **given, "out": str(found[-1].parent)})
     for name, value in (SCENES if o.data == "scenes" else PHOTOS).items():
-        if name not in given and getattr(o, name) in (0, "", -1):
+        if getattr(o, name) == getattr(Options, name):
             setattr(o, name, value)
-    for name, least in dict(batch_size=1, image_size=8, width=8, fusion_layers=1, text_layers=0, steps=0, eval_images=0, save_every=1, workers=0).items():
+    for name, least in dict(batch_size=1, image_size=16, width=8, fusion_layers=1, text_layers=0, steps=0, eval_images=0, save_every=1, workers=0, lr=0, vocab_size=1).items():
         if getattr(o, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(o, name)}: at least {least}, please")
+    if o.width % max(4, o.width // 64):
+        raise UserError(f"--width {o.width}: take a multiple of 64, so that its heads are of one size")
     o.cam_layer = (o.fusion_layers - 1) // 2 if o.cam_layer == -1 else o.cam_layer         # ALBEF's choice too: the third of six
     if not 0 <= o.cam_layer < o.fusion_layers:
         raise UserError(f"--cam-layer {o.cam_layer}: there are {o.fusion_layers} fusion layers, 0 the first")
@@ -951,11 +950,12 @@ def run(o):
         out.mkdir(parents=True, exist_ok=True)
         o.batch_size = min(o.batch_size, len(records))
         o.steps = o.steps or max(1, 10 * len(records) // o.batch_size)
-        for old in () if o.resume else (*out.glob("*.pt"), metrics):
-            old.unlink(missing_ok=True)
         few = range(min(len(records), 2000)) if o.data == "scenes" else range(len(records))
         vocabulary = build_vocabulary((c for i in few for c in records[i]["captions"]), o.vocab_size)
         samples = Samples(records, vocabulary, o)
+        HIST(o, vocabulary)                                    # options that build no model stop here, before the last run goes
+        for old in () if o.resume else (out / "baseline.pt", out / "hist.pt", metrics):
+            old.unlink(missing_ok=True)
         (out / "options.json").write_text(json.dumps(asdict(o), indent=1))
         for name in levels if levels["hist"] != levels["baseline"] else ["baseline"]:
             models[name], seconds = train(name, levels[name], samples, o)
@@ -977,10 +977,9 @@ def main(argv=None):
     try:
         o = settle(command_line(argv))
         ground(o) if o.ground else run(o)
-    except UserError as e:
-        print(f"hist.py: {e}", file=sys.stderr)
+    except (UserError, OSError, torch.cuda.OutOfMemoryError) as e:        # a process that loads images wraps its error in a traceback
+        print("hist.py: " + " ".join(str(e).split("UserError: ")[-1].split()), file=sys.stderr)
         sys.exit(2)
-
 
 if __name__ == "__main__":
     main()

@@ -352,7 +352,7 @@ def test_download_offline_says_so(here, monkeypatch, capsys):
     (["--levels", "caption,phrases"], "phrases"), (["--batch-size", "0"], "--batch-size"), (["--steps", "-1"], "--steps"), (["--steps", "many"], "--steps"),
     (["--data", "nothing.jsonl"], "nothing.jsonl"), (["--vit", "vit_enormous"], "vit_enormous"), (["--vit", "resnet18"], "resnet18"),
     (["--device", "tpu"], "tpu"), (["--bach-size", "3"], "--help"), (["--resume"], "no checkpoint"), (["--eval-only"], "no checkpoint"),
-    (["--ground", "x.png", "a cat"], "no checkpoint"), (["--cam-layer", "7"], "--cam-layer")])
+    (["--ground", "x.png", "a cat"], "no checkpoint"), (["--cam-layer", "7"], "--cam-layer"), (["--width", "400"], "multiple of 64")])
 def test_first_mistakes_get_one_line(here, capsys, arguments, what):
     assert what in refused(capsys, *arguments)
 
