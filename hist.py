@@ -65,11 +65,11 @@ class Options:
     lr: float = option(0.0, "peak learning rate [scenes 2e-3, else 3e-4]")
     composition_weight: float = option(0.1, "lambda, the weight of the composition loss")
     composition_start: float = option(0.7, "share of the steps after which composition ramps in")
-    vit: str = option("", "any timm ViT, from scratch [scenes: one layer on a stem, else vit_small_patch16_224, on CPU vit_tiny…]")
-    image_size: int = option(-1, "side of the square image, pixels [scenes 48, else 224]")
-    width: int = option(-1, "width of text and fusion layers [scenes 64, else 384]")
-    text_layers: int = option(-1, "layers of the text encoder [scenes 1, else 4]")
-    fusion_layers: int = option(-1, "layers in which text attends to the image [scenes 2, else 4]")
+    vit: str = option("", "any timm ViT, from scratch [scenes: one layer on a stem, else vit_small_patch16_224; CPU vit_tiny_…]")
+    image_size: int = option(-1, "side of the square image, pixels [scenes 48, else 224; CPU 160]")
+    width: int = option(-1, "width of text and fusion layers [scenes 64, else 384; CPU 192]")
+    text_layers: int = option(-1, "layers of the text encoder [scenes 1, else 4; CPU 2]")
+    fusion_layers: int = option(-1, "layers in which text attends to the image [scenes 2, else 4; CPU 2]")
     cam_layer: int = option(-1, "fusion layer that Grad-CAM reads, 0 the first [the middle one]")
     vocab_size: int = option(10_000, "words kept, most frequent first; the rest are [UNK]")
     eval_images: int = option(500, "held-out images to evaluate on; 0 all of them")
@@ -82,8 +82,9 @@ class Options:
     ground: list = option(None, "draw where the last trained model looks: PICTURE PHRASE [PHRASE ...]")
 
 SCENES = dict(steps=1200, batch_size=32, lr=2e-3, vit="scenes", image_size=48, width=64, text_layers=1, fusion_layers=2, workers=0)
-PHOTOS = dict(batch_size=64, lr=3e-4, vit=f"vit_{'small' if torch.cuda.is_available() else 'tiny'}_patch16_224", image_size=224,
-              width=384, text_layers=4, fusion_layers=4, workers=min(8, os.cpu_count() or 1))
+PHOTOS = dict(batch_size=64, lr=3e-4, workers=min(8, os.cpu_count() or 1), **(
+    dict(vit="vit_small_patch16_224", image_size=224, width=384, text_layers=4, fusion_layers=4) if torch.cuda.is_available() else
+    dict(vit="vit_tiny_patch16_224", image_size=160, width=192, text_layers=2, fusion_layers=2)))      # to see it run, no more
 
 # ------------------------------------------------------------------------------------------------ data: scenes
 # Every reader makes records {"image": path or array, "captions": [str, …], "targets": [{"phrase": str,
