@@ -4,99 +4,107 @@
     phrases      an orange cat · a white and brown cat · a bed          subjects     cat · cat · bed
     composites   an orange cat and a white and brown cat · an orange cat and a bed · …
 
-    python parse.py "a man riding a horse"        the tree and the hierarchy
+    python parse.py "a man riding a horse"        the tree and the hierarchy; --draw: the tree as a picture in text
     python parse.py --json --file captions.txt    one JSON object a line ("-" reads standard input)
+    python parse.py --score GOLD.jsonl            precision, recall and F1 against annotated captions, and every error
+    python parse.py --bench captions.txt          captions a second, beside NLTK's RegexpParser
+    python parse.py --llm URL --model NAME captions.txt > parses.jsonl       the paper's way: a language model's parses
 
 Tokens -> tags -> heads -> phrases -> composites, with no trained model and no download. The levels: HIST, arXiv
 2412.08110; the relations: Universal Dependencies. A tag is one letter, so that the tags of a caption are a string and
 a noun phrase is a regular expression over it; a small letter is a word that `disambiguate` decides by its neighbours.
 """
 import argparse
+import http.client
 import json
 import os
 import re
 import sys
+import time
+import urllib.error
+import urllib.request
+import zlib
+from collections import Counter
 from functools import lru_cache
 from itertools import chain
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
 from typing import NamedTuple
 
 # -------------------------------------------------------------------------------------------------------- lexicon
-# Q: an adverb that may stand inside a noun phrase; O: to, of, from; U: an -ing noun before a noun ("living room");
+# Q: an adverb that may stand inside a noun phrase; O: to, of, from; U: an -ing noun before a noun ("living room"); Y: "a mans hat";
 # Z: a participle before its noun ("parked cars"); G, E: participles elsewhere; H: an auxiliary other than be (B).
 UPOS = dict(D="DET", P="PRON", J="ADJ", N="NOUN", S="NOUN", U="NOUN", R="PRON", A="ADV", Q="ADV", I="ADP", O="ADP",
-            K="CCONJ", V="VERB", Z="VERB", G="VERB", E="VERB", B="AUX", H="AUX", T="PART", W="PRON", L="SCONJ",
+            Y="NOUN", K="CCONJ", V="VERB", Z="VERB", G="VERB", E="VERB", B="AUX", H="AUX", T="PART", W="PRON", L="SCONJ",
             X="PRON", M="PART", **{"#": "NUM", ",": "PUNCT", ".": "PUNCT"})
 # Tag -> words; a second letter: the tag of the verb's -s form. ys, yz: nouns too, the -s form mostly a verb (rides), a
 # noun (lights); e: participles; i: things in -ing; j: adjectives before a noun, else nouns; N: the suffix rules err.
 WORDS = {
-    "J": """large big small little tiny huge tall short long wide narrow high low deep shallow thick thin fat skinny round flat
-        straight curved curly old young new elderly ancient modern contemporary vintage fresh ripe hot cold warm cool wet dry clean
-        dirty messy tidy empty full open close dark bright dim clear cloudy sunny snowy foggy icy grassy sandy rocky muddy dusty leafy
-        hilly steep smooth rough sharp shiny hard soft fluffy fuzzy furry hairy shaggy bald heavy loose tight plain simple fancy
-        ornate elegant cute nice great good bad best funny strange odd unusual unique different similar same other own several many
-        few multiple single only whole happy sad angry tired busy calm quiet lone wild rural urban public electric electronic digital
-        mobile wooden metallic golden rusty tasty healthy dead live naked barefoot pregnant blonde blond asian african american
-        chinese japanese european mexican english formal military historic floral outdoor indoor upper lower inner outer front top
-        bottom middle center opposite adjacent far upside bare lush strong fast slow ready fake real natural homemade jumbo tan blurry
-        pale neon striped beige maroon navy turquoise lavender gold silver red green blue yellow purple pink brown black white gray
-        grey cyan teal magenta hungry first second third last next asleep teenage human mini raw neat rustic unmade bronze copper
-        wicker gourmet scenic scary sexy retro twin minor major gigantic slim classic unripe rotten damp filthy closed rainy windy
-        stormy hazy misty overcast dull glossy woolly wavy elaborate handsome ugly better poor rich fine silly triple dual main entire
-        complete multi-colored multicolored excited sleepy lazy loud solemn lonely solitary stray domestic exotic suburban private
-        local foreign automatic manual woolen shabby rundown dilapidated yummy sweet spicy cheesy crusty greasy juicy creamy sick nude
-        brunette italian british french german indian russian canadian roman swiss dutch irish spanish egyptian arabic casual stylish
-        trendy naval gothic medieval victorian patriotic artistic panoramic distant upside-down parallel dense barren vast cozy
-        cramped cluttered fragile sturdy quick able handmade normal rare favorite important assorted miniature oversized medium
-        transparent vibrant pastel pinkish reddish checkered spotted burgundy violet khaki scarlet crimson aqua indigo creepy bored
-        thirsty nasty gross decadent ceramic unopened unfinished unused fourth fifth final future current early late such unattended
-        handicapped handicap shorn pointy scruffy chubby weathered awake separate grand upscale compact sparse patchy scattered wooded
-        forested chilly frosty crisp slippery sticky foamy bubbly choppy serene crowded inverted stationary minimal basic central
-        eastern western junior senior middle-aged feathery smiley googly snow-covered metropolitan alpine mixed dreary bumpy calico
-        quaint tender complex dingy hearty stuffy idle swampy amber""",
+    "J": """large big small little huge tall short long wide narrow high low deep shallow thick thin fat round flat straight curved curly
+        old young new elderly ancient modern contemporary vintage fresh ripe hot cold warm cool wet clean full open close dark bright dim
+        clear icy hilly steep smooth rough sharp hard soft bald loose tight plain simple fancy ornate elegant cute nice great good bad best
+        strange odd unusual unique different similar same other own several few multiple single only whole sad tired calm quiet lone wild
+        rural urban public electric electronic digital mobile wooden metallic golden dead live naked barefoot pregnant blonde blond asian
+        african american chinese japanese european mexican english formal military historic floral outdoor indoor upper lower inner outer
+        front top bottom middle center opposite adjacent far upside bare lush strong fast slow fake real natural homemade jumbo tan pale
+        neon striped beige maroon turquoise lavender gold silver red green blue yellow purple pink brown black white gray grey cyan teal
+        magenta first second third last next asleep teenage human mini raw neat rustic unmade bronze copper wicker gourmet scenic scary
+        retro twin minor major gigantic slim classic unripe rotten damp closed overcast dull woolly elaborate handsome ugly better poor rich
+        fine silly triple dual main entire complete multi-colored multicolored excited loud solemn lonely solitary stray domestic exotic
+        suburban private local foreign automatic manual woolen rundown dilapidated sweet spicy juicy sick nude brunette italian british
+        french german indian russian canadian roman swiss dutch irish spanish egyptian arabic casual stylish naval gothic medieval victorian
+        patriotic artistic panoramic distant upside-down parallel dense barren vast cramped cluttered fragile quick able handmade normal
+        rare favorite important assorted miniature oversized medium transparent vibrant pastel pinkish reddish checkered spotted violet
+        khaki scarlet crimson aqua indigo bored gross decadent ceramic unopened unfinished unused fourth fifth final future current early
+        late such unattended handicapped handicap shorn weathered awake separate grand upscale compact sparse scattered wooded forested
+        chilly crisp slippery bubbly serene crowded inverted stationary minimal basic central eastern western junior senior middle-aged
+        feathery smiley googly snow-covered metropolitan alpine mixed dreary calico quaint tender complex idle amber""",
     "VV": """sit eat wear hold carry graze lean hang throw lay lie make take give get go come see prepare contain include appear seem
-        perform enjoy read let speak kneel stare peek enter pass put say know want try sell swim float herd grab gather glide laugh
-        chop greet relax keep bring attempt approach overlook await sniff lick chew munch write ask listen hear crouch gaze peer dig
-        fill sing tell think buy send pay meet grow compete participate celebrate examine inspect observe operate wander roam forage
-        splash hover soar descend depict resemble adorn surround decorate consist follow raise drag poke sip pour stir mix bake add
-        remove extend melt skid rub scratch sweep shave receive deliver unload fix build create draw carve attach connect arrive
-        depart boil dribble steer pedal wade trot gallop drape don shear bathe scoop guide describe love gain accept select emerge
-        yawn beg knit sew begin browse allow indicate chat dine reflect portray drill march scale""",
+        perform enjoy read let speak kneel stare peek enter pass put say know want try sell swim float herd grab gather glide laugh chop
+        greet relax keep bring attempt approach overlook await sniff lick chew munch write ask listen hear crouch gaze peer dig fill sing
+        tell think buy send pay meet grow compete participate celebrate examine inspect observe operate wander roam forage splash hover soar
+        descend depict resemble adorn surround decorate consist follow raise drag poke sip pour stir mix bake add remove extend melt skid
+        rub scratch sweep shave receive deliver unload fix build create draw carve attach connect arrive depart boil dribble steer pedal
+        wade trot gallop drape don shear bathe scoop guide describe love gain accept select emerge yawn beg knit sew begin browse allow
+        indicate chat dine reflect portray drill march scale""",
     "V": "threw got swung laid sat stood rode took wore flew ate drove ran swam went came saw gave wrote fell grew",
-    "ys": """swing hit kick pull push cross wait walk run ride look watch stand pose play jump reach show talk pick use point cut cook
-        race surf work rest drive catch lead display feature feed fall fly hide sleep move face stretch climb travel shine rise blow
-        capture help turn touch brush serve balance rear bite slide spin flip shake hug wash hunt lounge photograph strike lift
-        practice dive start finish return repair buck toss glance chase wipe grind tow bend leap cruise plow stroll""",
-    "yz": """roll smile stop drink ski skate skateboard paddle sail bat land pet sign train type light park board line cover spread
-        plant wave trick stick taste kiss comb share load roast grill fry blend snowboard row fish nap pack pitch fight paint sport
-        host place text shop dress trail state peel glow leave film slice mount tie groom burn bow camp drop post signal pile crowd""",
+    "ys": """swing hit kick pull push cross wait walk run ride look watch stand pose play jump reach show talk pick use point cut cook race
+        surf work rest drive catch lead display feature feed fall fly hide sleep move face stretch climb travel shine rise blow capture help
+        turn touch brush serve balance rear bite slide spin flip shake hug wash hunt lounge photograph strike lift practice dive start
+        finish return repair buck toss glance chase wipe grind tow bend leap cruise plow stroll sway clap shout wake cheer bounce pause
+        squat pedal""",
+    "yz": """roll smile stop drink ski skate skateboard paddle sail bat land pet sign train type light park board line cover spread plant
+        wave trick stick taste kiss comb share load roast grill fry blend snowboard row fish nap pack pitch fight paint sport host place
+        text shop dress trail state peel glow leave film slice mount tie groom burn bow camp drop post signal pile crowd bark""",
     "e": """worn eaten seen taken drawn made shown held hung ridden flown thrown caught kept lit built broken bent set written torn
         grown blown frozen fallen led fed split stuck strung woven cut put done gone lost laid laden clad drunk driven sold hidden
         bitten overgrown dug shut bought""",
     "i": """building clothing ceiling railing icing frosting topping string ring wing king wedding bedding awning crossing netting
         seating flooring plumbing lining earring pudding drawing painting writing lighting serving landing dressing covering opening
-        setting stuffing filling offering carving marking meeting boxing""",
+        setting stuffing filling offering carving marking meeting boxing lettering""",
     "j": "orange square oval light giant plaid antique half adult male female",
     "S": "people men women children sheep cattle deer police geese mice feet teeth kids elk buffalo",
     "N": """stable vegetable table family belly jelly butterfly assembly bed shed sled seed speed owner cooler dryer forest locomotive
         handful material thing spring evening morning dwelling shelving ping lightning thanksgiving sting lily italy bully holly rally
-        trolly weed opener moped reed cleaner""",
+        trolly weed opener moped reed cleaner baby body lady teddy sky party puppy tabby army buggy pony ivy daisy candy bunny kitty ferry
+        cherry curry lobby balcony canopy husky dairy hobby family penny study copy property company fairy buddy daddy dinghy trophy gypsy
+        rental lens gas canvas christmas""",
     "D": "a an the this these those some any every each no another both all either neither",
     "R": """it they them he she him himself herself itself themselves i we us you me someone somebody something anyone everyone
         everything nothing others what eachother ones anybody everybody nobody they're""",
     "#": """two three four five six seven eight nine ten eleven twelve fifteen twenty hundred thousand thirteen fourteen thirty forty
         fifty""",
     "I": """in on at with into onto near under underneath beneath below above behind beside between among against along alongside
-        across through throughout toward towards atop via without within during until upon past for amid thru beyond except than like
-        aboard after before""",
+        across through throughout toward towards atop via without within during until upon past for amid thru beyond except than like""",
     "A": """not away together apart outdoors indoors here now still already also ahead forward backwards upright alone nearby else how
         why then just even downhill somewhere everywhere airborne too upward uphill overhead instead downward sideways upwards
-        downwards maybe again ever never yet outward underwater upstairs downstairs onstage n't don't doesn't didn't otherwise rather""",
-    "Q": "very so quite almost more most well pretty super less extra somewhat",
+        downwards maybe again ever never yet outward underwater upstairs downstairs onstage n't don't doesn't didn't rather afar""",
+    "Q": "very so quite almost more most well pretty super less extra somewhat otherwise",
     "u": "to", "o": "one", "t": "that", "x": "there", "h": "her", "K": "and or & but nor", "P": "his their its my your our whose",
     "W": "which who whom", "O": "of from", "b": "back side", "r": "right left",
     "L": "while as when where because if since though although whether", "H": "will would could should might must may cannot can't",
     "B": "is are was were be been being am isn't aren't", "d": "has have had having do does did", "n": "can",
-    "p": "up down off out over around by about inside outside"}
+    "p": "up down off out over around by about inside outside aboard", "f": "after before"}
 # -ing words that make a compound with the noun after them ("cutting board"), the first even where a verb may stand;
 # those that describe it ("smiling people"). Then the adjectives that belong to the noun: "hot dog" is the subject.
 ING_ALWAYS = set("living dining parking cutting shopping swimming baking vending roasting".split())
@@ -116,7 +124,7 @@ NOT_THINGS = set("""day night time morning afternoon evening dusk dawn daytime y
     competition tournament contest event practice trip process action motion speed fun love style size color colour fashion position
     height air midair flight direction order need help conversation trick stunt jump ride nap break look distance weather progress
     unison stillness contrast life midst turn serve race talk tennis golf hockey badminton skiing type kind sort work business rest wait
-    play volley consumption adventure attempt autumn backhand call celebration daylight discussion example excitement experience feel
+    haircut play volley consumption adventure attempt autumn backhand call celebration daylight discussion example excitement experience feel
     journey moment movement noon rugby skateboarding snowboarding speech surfing tonight transit use variety visibility""".split())
 BALL_SPORTS = set("soccer baseball football basketball volleyball softball".split())
 # Words that place one thing by another: phrases only with an owner or a noun before them ("his back", "hill side");
@@ -128,7 +136,14 @@ ACTS = set("way place swing bite sip drink hit bow shot".split())
 TAKING = set("take takes taking make makes making has get do does doing getting have having taken took".split())
 # What most often does what a participle says: in "a man in a hat riding …" the man rides.
 MOVERS = set("""man men woman women boy girl child children person people guy lady player surfer skier skateboarder dog cat bird horse
-    cow sheep elephant giraffe zebra couple group team train bus truck plane boat airplane""".split())
+    cow sheep elephant giraffe zebra couple group team train bus truck plane boat airplane kid baby toddler batter catcher pitcher
+    skater biker cyclist runner rider driver worker chef snowboarder swimmer kitten puppy bear monkey duck goat officer""".split())
+# "picks up a box": the particle belongs to the verb; "tries to", "starts": what follows completes it; "gives a boy a ball".
+PARTICLE = re.compile(r"(?:pick|tak|took|wak|wok|hold|held|lift|put|cut|set|stick|stuck|blow|throw|fill|get|roll|fold|turn|pull|try)"
+                      r"[a-z]* (?:up|off|out|down|away)$")
+XCOMP = re.compile("(?:tr[yi]|want|beg[iau]|start|gett?|got|ready|about|prepar|attempt|learn|lik|lov|seem|appear|need|continu|keep|able|wait|enjoy)")
+GIVES = re.compile("(?:giv|gave|show|feed|fed|hand|offer|serv|toss|throw)")
+TOOLS = set("knife fork spoon racket racquet bat hand hands brush scissors chopsticks stick hose".split())
 for group in QUANTITY, PICTURES, NOT_THINGS, BALL_SPORTS, LOCATIONS, ACTS, MOVERS:   # and their plurals
     group.update([word + "s" for word in group])
 LEXICON = {}
@@ -138,7 +153,9 @@ for tags, words in WORDS.items():
         LEXICON[re.sub("(s|x|z|o|[sc]h)$", r"\1e", re.sub("(?<![aeou])y$", "ie", word)) + "s"] = tags[1]
 SUFFIXES = [(re.compile(pattern), tag) for pattern, tag in (      # for other words; the first match wins
     (r"['’]s$", "m"), (r"[\d.,/:]*\d[\d.,/:]*(?:st|nd|rd|th|s)?$", "#"), (r".+(?:ing|in')$", "g"), (r".{2,}ed$", "e"),
-    (r".{2,}ly$", "Q"), (r".{2,}(?:(?<!t)ous|less|ful|ular|ial|onal|ical|[st]ive|[aeiou]ble|[wh]ern)$", "J"),
+    (r".{2,}ly$", "Q"),
+    (r".*(?:[aeou]y|[ei]ty|[aeou]ry|[snlue]try|lry|ndry|phy|[lor]gy|cy|berry)$", "N"), (r".{2,}y$|.{2,}mental$", "J"),
+    (r".{2,}(?:(?<!t)ous|less|ful|ular|ial|onal|ical|[st]ive|[aeiou]ble|[wh]ern)$", "J"),
     (r".+(?:ss|us|is)$", "N"), (r".+s$", "S"), (r"[^\W_]", "N"), (r",", ","))]
 DEGREES = ("(er|est)$", ""), ("(?<=e)(r|st)$", ""), (r"(.)\1(er|est)$", r"\1"), ("i(er|est)$", "y")   # bigger, tidiest
 
@@ -167,10 +184,10 @@ class Parse(NamedTuple):
     phrases: list
 
 
-# 's; an abbreviation with its dots; a word with its hyphens, apostrophes and decimals; any other character by itself.
+# A word with its hyphens, apostrophes and decimals, or an abbreviation with its dots; 's; any other character by itself.
 # NLTK's RegexpTokenizer gives the same spans from it, in twice the time.
-TOKEN = re.compile(r"['’]s\b|\b(?:[Ss]t|[Dd]r|[Mm]rs?|[Aa]ve)\.|(?:[A-Za-z]\.){2,}"
-                   r"|[^\W_]+(?:[-'’](?!s\b)[^\W_]+|[.,:/](?=\d)\d+)*|\S")
+TOKEN = re.compile(r"[^\W_]+(?:[-'’](?!s\b)[^\W_]+|[.,:/](?=\d)\d+|\.(?<=\b(?:[Ss]t|[DdMm]r)\.)|(?<=\b[A-Za-z])\.(?:[A-Za-z]\.)+)*"
+                   r"|['’]s\b|\S")
 
 def tokenize(caption):
     """Offsets [(start, end), …] of the words and punctuation marks of a caption; [] when there are none."""
@@ -190,9 +207,17 @@ def tag_word(word):
     return next((tag for pattern, tag in SUFFIXES if pattern.match(word)), ".")
 
 
-UNDECIDED = frozenset("ysziegjphotxbnrdumVJ")
+UNDECIDED = frozenset("ysziegjphotxbnrdumfVJ")
 NOUNISH = frozenset("NSJjyszigeoU#VQ")      # may come next inside a noun phrase, as first tagged
 OPENS = frozenset("DPhIOpTuAkL,.KRtB")      # comes after a verb rather than after a noun's modifier
+
+def singular(words, tags, i):
+    """Whether a noun before i is one of a kind ("a man", "the skier"): a plural after it would be no noun, so it is a verb."""
+    j = i - 1
+    while j > 0 and tags[j] in "NJZUQ" and i - j < 8:
+        j -= 1
+    one = ("a", "an", "one", "another", "each", "every")
+    return words[j] in one and words[i - 1] not in QUANTITY or words[j] == "the" and words[i - 1] in MOVERS and words[i][:-1] not in NOT_THINGS
 
 def disambiguate(words, tags):
     """Decide every small tag letter, left to right, from its neighbours: lists in, a list of capitals out. Linear.
@@ -205,8 +230,12 @@ def disambiguate(words, tags):
         if after in ("next", "close") and words[i + 2] == "to":
             tags[i + 1] = "A"
         q, q2 = tags[i + 1], tags[i + 2]
-        if k in "NS" and q in "DPh" and p in ("ST" if k == "N" else "N") or k == "S" and p == "R":
-            k = tags[i] = "V"                                     # a boy pedals his bike; as she bends
+        if k in "NS":
+            if (q in "DPh" and (p in ("ST" if k == "N" else "N") or k == "S" and p == "K" and "V" in tags[max(0, i - 9):i])
+                    or k == "S" and (p == "R" or p == "N" and q in OPENS and singular(words, tags, i))):
+                k = tags[i] = "V"                                 # a boy pedals his bike; as she bends; a bird perches on
+            elif k == "S" and prev in ("a", "an") and w[:-1] in MOVERS and (q in NOUNISH or q == "b"):
+                k = tags[i] = "Y"                                 # a persons back
         elif k in UNDECIDED:
             noun_next, inside = q in NOUNISH, p in "DPJZ#M"
             if (w, after) in FIXED: k = "N"
@@ -233,9 +262,11 @@ def disambiguate(words, tags):
             elif k == "V": k = "N" if inside and q not in "DPh" else "V"
             elif k == "d": k = "H" if q == "B" or q == "e" and q2 not in NOUNISH else "V"
             elif k == "s": k = "S" if p in "DZ#IOM" or p in "PJU^" and q not in "DPh" else "V"
-            elif k == "z": k = "V" if p == "R" or p == "N" and prev in MOVERS and q in "DPIOpA" else "S"
+            elif k == "z": k = "V" if p == "R" or p == "N" and q in "DPIOpAuL" and (prev in MOVERS or singular(words, tags, i)) else "S"
             elif k == "i": k = "G" if p in "SBRV" or p == "N" and (prev in MOVERS or q in "DPh") else "N"
-            elif k == "p": k = "I" if q in "DPhRo#NSJjyszieUtb" else "A"
+            elif k == "p" and w == "about" and after == "to": k = "J"
+            elif k == "p": k = "I" if q in "DPhRo#NSJjyszieUtb" and not (p in "VGE" and PARTICLE.match(f"{prev} {w}")) else "A"
+            elif k == "f": k = "L" if after in ("he", "she", "they", "we") else "I"
             elif k == "h": k = "P" if noun_next or q in "rb" else "R"
             elif k == "u": k = "T" if q in "VB" or q + q2 in ("ND", "NP") or q == "y" and prev != "next" else "O"
             elif k == "x": k = "X" if q in "BdVHm" else "A"
@@ -243,7 +274,7 @@ def disambiguate(words, tags):
             elif k == "t": k = "W" if p in "NSRJ" else "D" if q in "NSJjy" else "L"
             elif k == "r": k = "J" if noun_next or q == "b" else "N" if p in "DIOPJ" else "A"
             elif w == "side": k = "A" if p in "NS" and after == "by" else "N"
-            elif k == "b": k = "N" if p in "DPJIO" or noun_next else "A"
+            elif k == "b": k = "N" if p in "DPJIOMY" or noun_next else "A"
             elif k == "n": k = "H" if q in "VByA" and p in "NSRX" else "N"
             else: k = "M" if p in "NSR" and (noun_next and q != "g" or q in "rb") else "B"
             tags[i] = k
@@ -255,8 +286,8 @@ def disambiguate(words, tags):
 # A base noun phrase over the tag letters: "red and white cups" is JkJS, "a dog's head" DNMN. k, a conjunction or comma
 # between adjectives of one noun, is found first. Repetition is bounded, so the time is linear.
 JOINED = re.compile(r"(?<=[JZ])(?:[,K]|,K)(?=Q?[JZ][JZ,KQ]{0,6}[JZNSU]{0,4}[NS])")
-NOUN_PHRASE = re.compile(r"D{0,3}P?(?:[JZ#kUM]|Q(?=[QJZ#NSU])|N(?=[NSZUM])|R(?=M)|S(?=[NSM])){0,40}[NS]|R")
-INNER = {"D": "det", "P": "nmod:poss", "R": "nmod:poss", "J": "amod", "Z": "amod", "N": "compound", "S": "compound",
+NOUN_PHRASE = re.compile(r"D{0,3}P?(?:[JZ#kUMY]|Q(?=[QJZ#NSU])|N(?=[NSZUM])|R(?=M)|S(?=[NSM])){0,40}[NS]|R")
+INNER = {"D": "det", "P": "nmod:poss", "R": "nmod:poss", "Y": "nmod:poss", "J": "amod", "Z": "amod", "N": "compound", "S": "compound",
          "U": "compound", "Q": "advmod", "#": "nummod"}           # relations within a noun phrase
 WAITS = {"A": "advmod", "Q": "advmod", "I": "case", "O": "case", "T": "mark", "L": "mark", "B": "aux", "H": "aux",
          "K": "cc", "k": "cc", ",": "punct", ".": "punct", "X": "expl", "M": "case"}   # of words that wait for a head
@@ -269,7 +300,7 @@ def attach(words, tags):
     head, label, ends = [-2] * len(words), [""] * len(words), {}
     code = JOINED.sub(lambda m: "k" * len(m.group()), "".join(tags))
     for m in NOUN_PHRASE.finditer(code):
-        start, last = m.start(), m.end() - 1
+        start, last, chain, first = m.start(), m.end() - 1, [], -1
         ends[start] = owner = adjective = last
         for j in range(last - 1, start - 1, -1):
             c = code[j]
@@ -277,11 +308,14 @@ def attach(words, tags):
                 head[j], label[j] = j - 1, "case"
                 head[j - 1], label[j - 1] = owner, "nmod:poss"
                 owner = j - 1
-            elif c == "k":                                        # black and white: white hangs on black
+            elif c == "k":                                        # red, white and blue: white and blue hang on red
                 head[j], label[j] = adjective, "punct" if words[j] == "," else "cc"
-                head[adjective], label[adjective] = j - 1, "conj"
-            elif not label[j]:
-                head[j], label[j] = j + 1 if c == "Q" else owner, INNER[c]
+                chain, first = chain * (adjective == first) + [adjective], j - 1
+                for t in chain:
+                    head[t], label[t] = first, "conj"
+            elif not label[j]:                                    # very tall; a snow covered slope; a three story house
+                inner = c == "Q" or c == "N" and code[j + 1] == "Z" or c == "#" and code[j + 1:last + 1] == "NN" and words[j] != "one"
+                head[j], label[j] = j + 1 if inner else owner, INNER[c]
             adjective = j if c in "JZ" else adjective
     join(words, code, ends, head, label)
     return head, label, ends
@@ -292,17 +326,19 @@ def join(words, code, ends, head, label):
     A word is attached to one on its left, or its head stays -2 until one on its right, or at last the root, takes it.
     """
     root = pred = verb = noun = subject = rel = cc = mark = aux = x = -1     # the latest of each; -1: none
-    cases, waits = [], []                                         # adpositions for a noun; other words for a predicate
+    cases, waits, link, place = [], [], (-1, -1), ""              # adpositions for a noun; other words for a predicate
     while x + 1 < len(words):
-        x += 1
+        x, start = x + 1, x + 1
         k, be, h, relation = code[x], aux >= 0 and code[aux] == "B", -2, ""
         if x in ends or k in "DPR#NSU" or k == "W" and noun < 0 or k in "JZ" and cases and aux < 0:
             x, k = ends.get(x, x), "n"                            # a noun phrase, or a word used as one ("in red")
-        elif k == "A" and code[x + 1:x + 2] == "O" or k == "B" and code[x - 1:x] == "X":
+        elif k == "A" and code[x + 1:x + 2] == "O" and verb <= noun or k == "B" and code[x - 1:x] == "X":
             k = k.lower()                                         # next to, there is: predicates
         if k in WAITS:
             label[x] = WAITS[k]
-            if k in "AQ" and verb > noun:
+            if k == "A" and verb >= 0 and PARTICLE.match(f"{words[verb]} {words[x]}"):
+                head[x], label[x] = verb, "compound:prt"
+            elif k in "AQ" and verb > noun:
                 head[x] = verb
             elif k not in "Kk,.M":
                 (cases if k in "IO" else waits).append(x)
@@ -314,16 +350,24 @@ def join(words, code, ends, head, label):
             rel, h, relation = x if subject < 0 else rel, noun, "nsubj"
         elif k == "n" and not be:                                 # ---- a noun phrase that is no predicate
             if cases:
-                near = noun > verb and (verb < 0 or noun == subject or words[cases[0]] in ("of", "with"))
+                place = words[cases[0]]
+                near = noun > verb and (verb < 0 or noun == subject or place == "of" or words[x] in ("it", "them", "him")
+                                        or place == "with" and words[x] not in TOOLS)
                 h, relation = (noun, "nmod") if near else (verb, "obl")
+            elif cc >= 0 and words[cc] == "," and root < 0 <= verb:          # while he rides, a dog | runs
+                root, head[cc] = x, verb
             elif cc >= 0 and noun >= 0:
-                h, relation, head[cc] = head[noun] if label[noun] == "conj" else noun, "conj", x
+                h, relation, head[cc], link = head[noun] if label[noun] == "conj" else noun, "conj", x, (x, cc)
             elif subject < 0 and (rel >= 0 or mark >= 0):
                 subject = x                                       # waits for its verb: "as an airplane flies by"
             elif verb > noun:
                 h, relation = verb, "nsubj" if code[verb] == "B" else "obj"
             elif root < 0:
                 root = x
+            elif start == noun + 1 and label[noun] == "obj" and GIVES.match(words[verb]):
+                h, relation, label[noun] = verb, "obj", "iobj"
+            elif start == noun + 1 and code[start] in "DP":       # the toy the baby | holds
+                h, relation, rel, subject = noun, "parataxis", x, x
             else:
                 h, relation = root, "parataxis"
             for t in cases:
@@ -333,28 +377,38 @@ def join(words, code, ends, head, label):
             nsubj, finite = "nsubj:pass" if k == "E" and aux >= 0 else "nsubj", k in "Vb" or aux >= 0
             for t in cases + waits:
                 head[t] = x
+                label[t] = "mark" if t in cases and k in "VG" and aux < 0 else label[t]    # for cutting
             if be and k not in "VG":
                 label[aux] = "aux:pass" if k == "E" else "cop"
+            if rel >= 0 and code[rel] != "W" and not finite:
+                rel, subject = -1, -1
             if rel >= 0:                                          # a man who rides; a horse that a man rides
                 h, relation, head[rel], label[rel] = head[rel], "acl:relcl", x, nsubj if subject < 0 else "obj"
             elif mark >= 0:                                       # while grazing; ready to go; a man to watch
                 h, relation = root, "advcl"
                 if code[mark] == "T" and subject < 0:
-                    h, relation = max(verb, noun), "xcomp" if verb > noun else "acl"
+                    owns = verb < 0 or noun > verb and (words[verb] in ("has", "have", "having") or code[verb] == "B")
+                    h, relation = (noun, "acl") if owns else (verb, "xcomp" if verb > noun and XCOMP.match(words[verb]) else "advcl")
+                elif words[mark] == "that" and verb > noun:
+                    h, relation = verb, "ccomp"
             elif cc >= 0 and verb >= 0:                           # sits and watches
-                h, relation, head[cc] = verb, "conj", x
+                h, relation, head[cc] = head[verb] if label[verb] == "conj" else verb, "conj", x
             elif finite and pred < 0:                             # a man | sits
                 subject, root, pred = root, x, x
             elif finite:                                          # a man sits and a dog | stands
                 h, relation = pred, "parataxis"
                 subject = noun if noun > verb and label[noun] in ("conj", "parataxis") else subject
+                if noun == link[0]:
+                    relation, head[link[1]] = "conj", x
             elif root < 0:
                 root = x
             elif noun > verb:                                     # a man in a hat | riding; holding a bat | standing
-                h = noun if k != "G" or words[noun] in MOVERS else max(verb, root)
+                own = k != "G" or words[noun] in MOVERS or label[noun] == "nsubj" or verb < 0 and (
+                    place == "with" or words[root] not in MOVERS)
+                h = noun if own else max(verb, root)
                 relation = {"J": "amod", "a": "advmod"}.get(k, "advcl" if h == verb else "acl")
             else:
-                h, relation = max(verb, root), "advmod" if k == "a" else "xcomp"
+                h, relation = max(verb, root), "advmod" if k == "a" else "xcomp" if k != "G" or XCOMP.match(words[verb]) else "advcl"
             if subject >= 0:
                 head[subject], label[subject] = x, nsubj
             noun, verb = (x, verb) if k == "n" else (noun, x)
@@ -396,11 +450,13 @@ def read_phrases(caption, spans, words, tags, label, ends):
 def parse(caption):
     """The `Parse` of a caption, whatever string it is; "" has no tokens and no phrases. Linear in its length."""
     spans = tokenize(caption)
+    if not spans:
+        return Parse(caption, [], [])
     texts = [caption[a:b] for a, b in spans]
     words = [text.lower() for text in texts]
     tags = disambiguate(words, [tag_word(word) for word in words])
-    head, label, ends = attach(words, tags) if words else ([], [], {})
-    tokens = [Token(text, *span, UPOS[t], h, r) for text, span, t, h, r in zip(texts, spans, tags, head, label)]
+    head, label, ends = attach(words, tags)
+    tokens = list(map(Token, texts, *zip(*spans), [UPOS[t] for t in tags], head, label))
     return Parse(caption, tokens, read_phrases(caption, spans, words, tags, label, ends))
 
 def compose(a, b):
@@ -431,27 +487,229 @@ def show(parsed):
     lines += [f"  composite  {compose(a, b)}" for a, b in composites(parsed.phrases)]
     return "\n".join(lines) + "\n"
 
+def draw(parsed):
+    """The tree as a picture in text, a line a word: what stands before its head is drawn above it, the rest below."""
+    below = [[] for _ in parsed.tokens] + [[]]
+    for i, t in enumerate(parsed.tokens):
+        below[t.head].append(i)                                   # the root's head is -1, the last of these
+    lines, stack = [parsed.caption], [(i, "", "", "") for i in below[-1]]
+    while stack:                                                  # word, and the branches above, at and below its line
+        i, above, at, under = stack.pop()
+        if i < 0:
+            lines.append(at)
+            continue
+        left, right, t = [c for c in below[i] if c < i], [c for c in below[i] if c > i], parsed.tokens[i]
+        stack += [(c, under + "│  ", under + ("├─ " if c != right[-1] else "└─ "), under + ("│  " if c != right[-1] else "   ")) for c in right[::-1]]
+        stack.append((-1, "", f"{at}{t.text:<{max(1, 34 - len(at))}} {t.tag:<6}{t.label}", ""))
+        stack += [(c, above + ("│  " if c != left[0] else "   "), above + ("├─ " if c != left[0] else "┌─ "), above + "│  ") for c in left[::-1]]
+    return "\n".join(lines) + "\n"
+
+# ------------------------------------------------------------------------------- files, and how good and how fast
+def read_captions(path):
+    """The captions of COCO's annotations (.json), of records (.jsonl) or of a text, one a line; "-": standard input."""
+    with open(0 if path == "-" else path, encoding="utf-8", errors="replace") as file:
+        try:
+            if str(path).endswith(".json"):
+                yield from (a["caption"] for a in json.load(file)["annotations"])
+            for line in file:
+                if not str(path).endswith(".jsonl"):
+                    yield line.rstrip("\r\n")
+                elif line.strip():
+                    row = json.loads(line)
+                    yield from row["captions"] if "captions" in row else [row["caption"]]
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{path}: .json must be COCO's captions, .jsonl records with a caption or captions ({e!r})")
+
+def locate(caption, answer):
+    """The `Phrase`s that [{"text": …, "subject": …}, …] names, where the caption has them; ValueError if it has not."""
+    found = []
+    for row in answer:
+        text, subject = (r"(?<!\w)" + r"\s+".join(map(re.escape, row[k].split())) + r"(?!\w)" for k in ("text", "subject"))
+        free = (m for m in re.finditer(text, caption, re.I) if all(m.end() <= p.span[0] or p.span[1] <= m.start() for p in found))
+        m = next(free, None)
+        inner = [*re.finditer(subject, m.group(), re.I)] if m and m.group() and row["subject"].strip() else []
+        if not inner:
+            raise ValueError(f"{row['text']!r} with the subject {row['subject']!r} is not in {caption!r}")
+        (a, b), (s, e) = m.span(), (m.start() + edge for edge in inner[-1].span())
+        found.append(Phrase(caption[a:b], (a, b), caption[s:e], (s, e)))
+    return sorted(found, key=lambda p: p.span)
+
+def read_parses(path):
+    """{caption: [`Phrase`, …]} of a file of parses, a JSON object a line as --json writes it; ValueError names a bad line."""
+    parses = {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                parses[row["caption"]] = locate(row["caption"], row["phrases"])
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
+                raise ValueError(f'{path}:{number}: a line is {{"caption": …, "phrases": [{{"text": …, "subject": …}}, …]}} ({e})')
+    return parses
+
+def score(gold, parses):
+    """Text: how well parses agree with gold, both {caption: [`Phrase`, …]}, and each caption that is not right.
+
+    Texts are compared as multisets in small letters, without the first article; a caption is right with the gold's subjects in order.
+    """
+    views = dict(phrases=lambda p: re.sub(r"^(an?|the) (?=.)", "", " ".join(p.text.lower().split())), subjects=lambda p: p.subject.lower(),
+                 heads=lambda p: p.subject.lower().split()[-1])
+    missing = [c for c in gold if c not in parses]
+    lines, wrong = [f"{'':10}precision    recall        F1"], 0
+    for name, view in views.items():
+        pairs = [(Counter(map(view, gold[c])), Counter(map(view, parses.get(c, [])))) for c in gold]
+        hit, found, wanted = (sum(n) for n in zip(*((sum((g & p).values()), sum(p.values()), sum(g.values())) for g, p in pairs))) if pairs else (0, 0, 0)
+        lines.append(f"{name:10}{hit / max(1, found):9.4f}{hit / max(1, wanted):10.4f}{2 * hit / max(1, found + wanted):10.4f}")
+    for c in gold:
+        mine = parses.get(c, [])
+        wrong += [views["subjects"](p) for p in gold[c]] != [views["subjects"](p) for p in mine]
+        texts = [Counter((views["phrases"](p), p.subject.lower()) for p in phrases) for phrases in (gold[c], mine)]
+        if texts[0] != texts[1]:
+            lines.append(f"\n{c}" + "".join(f"\n  {mark} {text}  (subject: {subject})" for mark, more in
+                         (("missed", texts[0] - texts[1]), ("wrong ", texts[1] - texts[0])) for text, subject in more.elements()))
+    lines.insert(4, f"captions right {len(gold) - wrong} of {len(gold)}: {(len(gold) - wrong) / max(1, len(gold)):.4f}"
+                    + f"; {len(missing)} have no parse" * bool(missing))
+    return "\n".join(lines)
+
+def bench(captions):
+    """Text: captions a second on one core of `parse`, and of NLTK's chunker on the first 2,000 of the same captions.
+
+    The usual recipe tags with a trained perceptron, which must be downloaded. This one tags from the lexicon, which is faster.
+    """
+    from nltk import RegexpParser, RegexpTagger, UnigramTagger
+    from nltk.tokenize import TreebankWordTokenizer
+    tagger = UnigramTagger(model={w: UPOS.get(t, "VERB") for w, t in LEXICON.items()},
+                           backoff=RegexpTagger([(r".*(ing|ed)$", "VERB"), (r"^\W+$", "PUNCT"), (r".*", "NOUN")]))
+    chunker, words = RegexpParser("NP: {<DET>?<NUM|ADJ>*<NOUN>+}"), TreebankWordTokenizer()
+    lines = []
+    for name, run, some in (("parse.py", parse, captions), ("parse.py", parse, captions[:2000]),
+                            ("NLTK RegexpParser", lambda c: c.strip() and chunker.parse(tagger.tag(words.tokenize(c.lower()))), captions[:2000])):
+        began = time.perf_counter()
+        for caption in some:
+            run(caption)
+        seconds = time.perf_counter() - began
+        lines.append(f"{name:18}{len(some):>9,} captions in {seconds:7.2f} s{len(some) / max(seconds, 1e-9):>10,.0f} captions/s")
+    try:
+        import resource
+        lines.append(f"most memory held: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == 'darwin' else 1 << 10):,.0f} MiB")
+    except ImportError:                                           # Windows does not tell
+        pass
+    return "\n".join(lines)
+
+# ----------------------------------------------------------------------------------------- a language model's parses
+PROMPT = """List the noun phrases of an image caption that name something visible: people, animals, objects, materials, places.
+A phrase is copied from the caption: article, number, adjectives and nouns up to its head noun, and no "of", "with" or "that" after it.
+Its subject is the head noun with the nouns compounded to it. "a group of people" is one phrase and its subject is people.
+Leave out pronouns, times, events, activities and words such as top or front that only relate two things.
+Answer with a JSON list alone, in the order of the caption.
+
+Caption: "A group of people riding two brown horses next to a fire hydrant at sunset."
+[{"text": "A group of people", "subject": "people"}, {"text": "two brown horses", "subject": "horses"}, {"text": "a fire hydrant", "subject": "fire hydrant"}]
+
+Caption: """
+
+def ask(url, model, caption, seconds):
+    """A server's answer to PROMPT, or None after four tries. Raises ValueError when trying again is of no use."""
+    if not url.endswith("/chat/completions"):
+        url = url.rstrip("/") + ("" if url.rstrip("/").endswith("/v1") else "/v1") + "/chat/completions"
+    body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": PROMPT + json.dumps(caption, ensure_ascii=False)}]}
+    key = {"Authorization": "Bearer " + os.environ["OPENAI_API_KEY"]} if "OPENAI_API_KEY" in os.environ else {}
+    for wait in (1, 2, 4, 0):
+        try:
+            request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json", **key})
+            with urllib.request.urlopen(request, timeout=seconds) as reply:
+                return str(json.load(reply)["choices"][0]["message"]["content"])
+        except urllib.error.HTTPError as e:
+            if e.code < 500 and e.code not in (408, 425, 429):
+                raise ValueError(f"{url} refuses: {e}")
+        except urllib.error.URLError as e:
+            if isinstance(e.reason, ConnectionRefusedError) and not wait or "ssl" in str(e.reason).lower() or isinstance(e.reason, OSError) and e.reason.errno in (-2, -3, -5):
+                raise ValueError(f"no server at {url}: {e.reason}")
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
+            pass                                                  # dropped, too slow, or no answer in the body
+        time.sleep(wait)
+
+def understand(caption, answer):
+    """The `Phrase`s of an answer; ValueError when it is no JSON list of phrases of the caption."""
+    try:
+        return locate(caption, json.loads(answer[answer.index("["):answer.rindex("]") + 1]))
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"not a list of texts and subjects ({e})")
+
+def parse_by_llm(captions, url, model, name, workers=16, seconds=60):
+    """Yields the hierarchy of each caption as `to_json` has it, and "by": "llm", or "rules" where its answer was none of the caption's.
+
+    Answers are kept as they come in NAME.HASH.answers.jsonl, in the working folder, and never asked for twice.
+    """
+    from tqdm import tqdm
+    kept = Path(f"{Path(name).stem}.{zlib.crc32((model + PROMPT).encode()):08x}.answers.jsonl")
+    answers = {}
+    for line in kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []:
+        try:
+            answers.update([json.loads(line)])
+        except (ValueError, TypeError):                           # cut short by a kill
+            pass
+    todo, counts = [c for c in dict.fromkeys(captions) if c.strip() and c not in answers], Counter()
+    with open(kept, "a", encoding="utf-8") as log, ThreadPool(workers) as pool:
+        asked = pool.imap_unordered(lambda c: (c, ask(url, model, c, seconds)), todo)
+        for caption, answer in tqdm(asked, total=len(todo), desc=f"asking {model}", unit="caption", disable=not todo):
+            if answer is not None:
+                answers[caption] = answer
+                log.write("\n" * (not log.tell()) * 0 + json.dumps([caption, answer]) + "\n")
+                log.flush()
+    for caption in captions:
+        by, phrases = "rules", None
+        if caption in answers:
+            try:
+                by, phrases = "llm", understand(caption, answers[caption])
+            except ValueError:
+                by = "rules"
+        counts["llm" if phrases is not None else "rejected" if caption in answers else "unanswered" if caption.strip() else "empty"] += 1
+        phrases = parse(caption).phrases if phrases is None else phrases
+        yield {**to_json(Parse(caption, [], phrases)), "by": by}
+    print(f"{len(captions)} captions: {counts['llm']} parsed by {model}; by the rules: {counts['rejected']} whose answer was rejected, "
+          f"{counts['unanswered']} unanswered, {counts['empty']} empty. Answers are kept in {kept}", file=sys.stderr)
+
 def main():
     """The command line; returns the exit status."""
     options = argparse.ArgumentParser(description="Parse captions into trees, phrases, subjects and composites.")
-    options.add_argument("captions", nargs="*", metavar="CAPTION", help="a caption to parse")
-    options.add_argument("--file", help="parse each line of FILE as well; - is standard input")
+    options.add_argument("captions", nargs="*", metavar="CAPTION", help="a caption to parse (with --llm: a file of captions)")
+    options.add_argument("--file", help="parse each line of FILE (captions in .json or .jsonl too); - is standard input")
     options.add_argument("--json", action="store_true", help="print one JSON object a caption instead of text")
+    options.add_argument("--draw", action="store_true", help="draw the trees in text")
+    options.add_argument("--score", metavar="GOLD.jsonl", help="rate the rules, or --parses, against annotated captions")
+    options.add_argument("--parses", metavar="FILE.jsonl", help="with --score: rate this file of parses")
+    options.add_argument("--bench", metavar="FILE", help="time the parser, beside NLTK's RegexpParser, on the captions of FILE")
+    options.add_argument("--llm", metavar="URL", help="ask an OpenAI-compatible server, such as http://localhost:8000/v1")
+    options.add_argument("--model", metavar="NAME", help="with --llm: the model to ask for")
+    options.add_argument("--workers", type=int, default=16, metavar="N", help="with --llm: questions at a time [16]")
+    options.add_argument("--timeout", type=float, default=60, metavar="S", help="with --llm: seconds to wait for an answer [60]")
     args = options.parse_args()
-    if not args.captions and args.file is None:
-        sys.stderr.write("parse.py: nothing to parse: give a caption in quotes, or --file FILE (- is standard input)\n")
-        return 2
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:
-        stream = open(0 if args.file == "-" else args.file or os.devnull, encoding="utf-8", errors="replace")
-        for caption in chain(args.captions, stream):
-            parsed = parse(caption.rstrip("\r\n"))
-            print(json.dumps(to_json(parsed), ensure_ascii=False) if args.json else show(parsed))
+        file = args.file or (args.captions.pop(0) if args.llm and args.captions else None)
+        if args.score:
+            gold = read_parses(args.score)
+            print(score(gold, read_parses(args.parses) if args.parses else {c: parse(c).phrases for c in gold}))
+        elif args.bench:
+            print(bench(list(read_captions(args.bench))))
+        elif args.llm:
+            if not args.model or not file or args.workers < 1:
+                raise ValueError("say which model and which captions: --llm URL --model NAME FILE")
+            for row in parse_by_llm(list(read_captions(file)), args.llm, args.model, file, args.workers, args.timeout):
+                print(json.dumps(row, ensure_ascii=False))
+        elif not args.captions and file is None:
+            raise ValueError("nothing to parse: give a caption in quotes, or --file FILE (- is standard input)")
+        else:
+            write = draw if args.draw else show
+            for caption in chain(args.captions, read_captions(file) if file else []):
+                print(json.dumps(to_json(parse(caption)), ensure_ascii=False) if args.json else write(parse(caption)))
         sys.stdout.flush()
     except BrokenPipeError:                                       # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        sys.stderr.write(f"parse.py: cannot read {args.file}: {error.strerror}\n")
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, ValueError) as e:
+        sys.stderr.write("parse.py: " + (f"cannot read {e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)) + "\n")
         return 2
     return 0
 
