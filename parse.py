@@ -19,9 +19,9 @@ import http.client
 import json
 import os
 import re
+import socket
 import sys
 import time
-import urllib.error
 import urllib.request
 import zlib
 from collections import Counter
@@ -30,6 +30,8 @@ from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
+
+from tqdm import tqdm
 
 # -------------------------------------------------------------------------------------------------------- lexicon
 # Q: an adverb that may stand inside a noun phrase; O: to, of, from; U: an -ing noun before a noun ("living room"); Y: "a mans hat";
@@ -76,12 +78,12 @@ WORDS = {
     "yz": """roll smile stop drink ski skate skateboard paddle sail bat land pet sign train type light park board line cover spread plant
         wave trick stick taste kiss comb share load roast grill fry blend snowboard row fish nap pack pitch fight paint sport host place
         text shop dress trail state peel glow leave film slice mount tie groom burn bow camp drop post signal pile crowd bark""",
-    "e": """worn eaten seen taken drawn made shown held hung ridden flown thrown caught kept lit built broken bent set written torn
-        grown blown frozen fallen led fed split stuck strung woven cut put done gone lost laid laden clad drunk driven sold hidden
-        bitten overgrown dug shut bought""",
-    "i": """building clothing ceiling railing icing frosting topping string ring wing king wedding bedding awning crossing netting
-        seating flooring plumbing lining earring pudding drawing painting writing lighting serving landing dressing covering opening
-        setting stuffing filling offering carving marking meeting boxing lettering""",
+    "e": """worn eaten seen taken drawn made shown held hung ridden flown thrown caught kept lit built broken bent set written torn grown
+        blown frozen fallen led fed split stuck strung woven cut put done gone lost laid laden clad drunk driven sold hidden bitten
+        overgrown dug shut bought""",
+    "i": """building clothing ceiling railing icing frosting topping string ring wing king wedding bedding awning crossing netting seating
+        flooring plumbing lining earring pudding drawing painting writing lighting serving landing dressing covering opening setting
+        stuffing filling offering carving marking meeting boxing lettering""",
     "j": "orange square oval light giant plaid antique half adult male female",
     "S": "people men women children sheep cattle deer police geese mice feet teeth kids elk buffalo",
     "N": """stable vegetable table family belly jelly butterfly assembly bed shed sled seed speed owner cooler dryer forest locomotive
@@ -90,15 +92,14 @@ WORDS = {
         cherry curry lobby balcony canopy husky dairy hobby family penny study copy property company fairy buddy daddy dinghy trophy gypsy
         rental lens gas canvas christmas""",
     "D": "a an the this these those some any every each no another both all either neither",
-    "R": """it they them he she him himself herself itself themselves i we us you me someone somebody something anyone everyone
-        everything nothing others what eachother ones anybody everybody nobody they're""",
-    "#": """two three four five six seven eight nine ten eleven twelve fifteen twenty hundred thousand thirteen fourteen thirty forty
-        fifty""",
-    "I": """in on at with into onto near under underneath beneath below above behind beside between among against along alongside
-        across through throughout toward towards atop via without within during until upon past for amid thru beyond except than like""",
-    "A": """not away together apart outdoors indoors here now still already also ahead forward backwards upright alone nearby else how
-        why then just even downhill somewhere everywhere airborne too upward uphill overhead instead downward sideways upwards
-        downwards maybe again ever never yet outward underwater upstairs downstairs onstage n't don't doesn't didn't rather afar""",
+    "R": """it they them he she him himself herself itself themselves i we us you me someone somebody something anyone everyone everything
+        nothing others what eachother ones anybody everybody nobody they're""",
+    "#": """two three four five six seven eight nine ten eleven twelve fifteen twenty hundred thousand thirteen fourteen thirty forty fifty""",
+    "I": """in on at with into onto near under underneath beneath below above behind beside between among against along alongside across
+        through throughout toward towards atop via without within during until upon past for amid thru beyond except than like""",
+    "A": """not away together apart outdoors indoors here now still already also ahead forward backwards upright alone nearby else how why
+        then just even downhill somewhere everywhere airborne too upward uphill overhead instead downward sideways upwards downwards maybe
+        again ever never yet outward underwater upstairs downstairs onstage n't don't doesn't didn't rather afar""",
     "Q": "very so quite almost more most well pretty super less extra somewhat otherwise",
     "u": "to", "o": "one", "t": "that", "x": "there", "h": "her", "K": "and or & but nor", "P": "his their its my your our whose",
     "W": "which who whom", "O": "of from", "b": "back side", "r": "right left",
@@ -108,36 +109,36 @@ WORDS = {
 # -ing words that make a compound with the noun after them ("cutting board"), the first even where a verb may stand;
 # those that describe it ("smiling people"). Then the adjectives that belong to the noun: "hot dog" is the subject.
 ING_ALWAYS = set("living dining parking cutting shopping swimming baking vending roasting".split())
-ING_COMPOUND = ING_ALWAYS | set("""sitting riding playing walking waiting running skiing surfing drinking cooking
-    reading feeding batting gaming training racing sleeping frying mixing sewing loading""".split())
+ING_COMPOUND = ING_ALWAYS | set("""sitting riding playing walking waiting running skiing surfing drinking cooking reading feeding batting
+        gaming training racing sleeping frying mixing sewing loading""".split())
 ING_STATE = set("sitting standing walking running hanging smiling moving matching oncoming flying towering".split())
-FIXED = {tuple((pair + s).split('-')) for s in ('', 's') for pair in """hot-dog stainless-steel big-ben french-fries
-    flat-screen double-decker wet-suit half-pipe top-hat big-rig orange-juice orange-slice orange-peel high-chair
-    high-heel third-base wild-flower polar-bear smart-phone""".split()}
+FIXED = {tuple((pair + s).split('-')) for s in ('', 's') for pair in """hot-dog stainless-steel big-ben french-fries flat-screen
+        double-decker wet-suit half-pipe top-hat big-rig orange-juice orange-slice orange-peel high-chair high-heel third-base wild-flower
+        polar-bear smart-phone""".split()}
 # "a group of people" is one phrase whose subject is people; what a picture shows is a phrase and the picture is not;
 # times, events, manners and abstractions cannot be pointed at either; ball sports are things only in "a soccer ball".
-QUANTITY = set("""group couple pair bunch lot number herd flock row line pile stack set series variety assortment bundle collection
-    crowd piece slice bit part kind type sort portion serving half dozen array pack patch amount trio team bite section selection swirl
-    halves bunches batch chunk cluster gang handful hundred load mix multitude patches plenty string strip thousand ton varieties""".split())
+QUANTITY = set("""group couple pair bunch lot number herd flock row line pile stack set series variety assortment bundle collection crowd
+        piece slice bit part kind type sort portion serving half dozen array pack patch amount trio team bite section selection swirl halves
+        bunches batch chunk cluster gang handful hundred load mix multitude patches plenty string strip thousand ton varieties""".split())
 PICTURES = set("picture photo photograph image view up closeup close-up shot selfie snapshot portrait footage".split())
 NOT_THINGS = set("""day night time morning afternoon evening dusk dawn daytime year hour season today summer winter game match matches
-    competition tournament contest event practice trip process action motion speed fun love style size color colour fashion position
-    height air midair flight direction order need help conversation trick stunt jump ride nap break look distance weather progress
-    unison stillness contrast life midst turn serve race talk tennis golf hockey badminton skiing type kind sort work business rest wait
-    haircut play volley consumption adventure attempt autumn backhand call celebration daylight discussion example excitement experience feel
-    journey moment movement noon rugby skateboarding snowboarding speech surfing tonight transit use variety visibility""".split())
+        competition tournament contest event practice trip process action motion speed fun love style size color colour fashion position
+        height air midair flight direction order need help conversation trick stunt jump ride nap break look distance weather progress
+        unison stillness contrast life midst turn serve race talk tennis golf hockey badminton skiing type kind sort work business rest wait
+        haircut play volley consumption adventure attempt autumn backhand call celebration daylight discussion example excitement experience
+        feel journey moment movement noon rugby skateboarding snowboarding speech surfing tonight transit use variety visibility""".split())
 BALL_SPORTS = set("soccer baseball football basketball volleyball softball".split())
 # Words that place one thing by another: phrases only with an owner or a noun before them ("his back", "hill side");
 # adverbs when bare after a preposition ("on display"); acts when taken, made or had ("taking a swing").
 LOCATIONS = set("way top front side back rear middle center centre edge end bottom left right inside outside distance".split())
-BARE = set("""display sale line fire place tow board bat town sunset sunrise horseback formation hand dinner bloom breakfast case
-    christmas circles construction course duty foot front lines lunch pairs part play row rows service shape stock""".split())
+BARE = set("""display sale line fire place tow board bat town sunset sunrise horseback formation hand dinner bloom breakfast case christmas
+        circles construction course duty foot front lines lunch pairs part play row rows service shape stock""".split())
 ACTS = set("way place swing bite sip drink hit bow shot".split())
 TAKING = set("take takes taking make makes making has get do does doing getting have having taken took".split())
 # What most often does what a participle says: in "a man in a hat riding …" the man rides.
-MOVERS = set("""man men woman women boy girl child children person people guy lady player surfer skier skateboarder dog cat bird horse
-    cow sheep elephant giraffe zebra couple group team train bus truck plane boat airplane kid baby toddler batter catcher pitcher
-    skater biker cyclist runner rider driver worker chef snowboarder swimmer kitten puppy bear monkey duck goat officer""".split())
+MOVERS = set("""man men woman women boy girl child children person people guy lady player surfer skier skateboarder dog cat bird horse cow
+        sheep elephant giraffe zebra couple group team train bus truck plane boat airplane kid baby toddler batter catcher pitcher skater
+        biker cyclist runner rider driver worker chef snowboarder swimmer kitten puppy bear monkey duck goat officer""".split())
 # "picks up a box": the particle belongs to the verb; "tries to", "starts": what follows completes it; "gives a boy a ball".
 PARTICLE = re.compile(r"(?:pick|tak|took|wak|wok|hold|held|lift|put|cut|set|stick|stuck|blow|throw|fill|get|roll|fold|turn|pull|try)"
                       r"[a-z]* (?:up|off|out|down|away)$")
@@ -162,16 +163,16 @@ DEGREES = ("(er|est)$", ""), ("(?<=e)(r|st)$", ""), (r"(.)\1(er|est)$", r"\1"), 
 
 # --------------------------------------------------------------------------------------------------- tokens, tags
 class Token(NamedTuple):
-    """A word or mark, caption[start:end]; head: index of the token it hangs on by the relation label, -1: the root."""
+    """A word or mark, caption[start:end], its universal part of speech, the index of its head (-1: it is the root), the relation to it."""
     text: str
     start: int
     end: int
-    tag: str                                                      # a universal part of speech
+    tag: str
     head: int
-    label: str                                                    # a Universal Dependencies relation
+    label: str
 
 class Phrase(NamedTuple):
-    """A base noun phrase; its subject is the head noun with its compounds. Spans are offsets in the caption."""
+    """A base noun phrase and its subject, the head noun with its compounds; spans: (start, end) in the caption."""
     text: str
     span: tuple
     subject: str
@@ -214,7 +215,7 @@ OPENS = frozenset("DPhIOpTuAkL,.KRtB")      # comes after a verb rather than aft
 def singular(words, tags, i):
     """Whether a noun before i is one of a kind ("a man", "the skier"): a plural after it would be no noun, so it is a verb."""
     j = i - 1
-    while j > 0 and tags[j] in "NJZUQ" and i - j < 8:
+    while j > 0 and (tags[j] in "NJZUQ" or tags[j] in ",K" and tags[j + 1] in "JZK") and i - j < 9:
         j -= 1
     one = ("a", "an", "one", "another", "each", "every")
     return words[j] in one and words[i - 1] not in QUANTITY or words[j] == "the" and words[i - 1] in MOVERS and words[i][:-1] not in NOT_THINGS
@@ -252,7 +253,7 @@ def disambiguate(words, tags):
                 before = inside or p in "Q^IOK,VGN"
                 k = "Z" if before and noun_next and q != "V" else "N" if p in "DP" and prev != "all" else "E"
             elif k == "y":                                        # to ride; people ride; a man and a woman ride
-                led = p in "WRHXT" or p == "K" and pp in "VAGE"
+                led = p in "WRHXT" or p in "K," and pp in "VAGE"
                 plural = p in "SB" and (noun_next or q in OPENS)
                 far = p == "N" and q in "DPIOphA" and ("S" in tags[:4] or "K" in tags[max(0, i - 4):i]) and not (
                     set("VGEB") & set(tags[max(0, i - 6):i])) and LEXICON.get(w + "s") == "s"
@@ -262,7 +263,7 @@ def disambiguate(words, tags):
             elif k == "V": k = "N" if inside and q not in "DPh" else "V"
             elif k == "d": k = "H" if q == "B" or q == "e" and q2 not in NOUNISH else "V"
             elif k == "s": k = "S" if p in "DZ#IOM" or p in "PJU^" and q not in "DPh" else "V"
-            elif k == "z": k = "V" if p == "R" or p == "N" and q in "DPIOpAuL" and (prev in MOVERS or singular(words, tags, i)) else "S"
+            elif k == "z": k = "V" if p == "R" or p == "N" and (prev in MOVERS or q not in ".,K" and singular(words, tags, i)) and q in "DPIOpAuL.,K" else "S"
             elif k == "i": k = "G" if p in "SBRV" or p == "N" and (prev in MOVERS or q in "DPh") else "N"
             elif k == "p" and w == "about" and after == "to": k = "J"
             elif k == "p": k = "I" if q in "DPhRo#NSJjyszieUtb" and not (p in "VGE" and PARTICLE.match(f"{prev} {w}")) else "A"
@@ -332,7 +333,7 @@ def join(words, code, ends, head, label):
         k, be, h, relation = code[x], aux >= 0 and code[aux] == "B", -2, ""
         if x in ends or k in "DPR#NSU" or k == "W" and noun < 0 or k in "JZ" and cases and aux < 0:
             x, k = ends.get(x, x), "n"                            # a noun phrase, or a word used as one ("in red")
-        elif k == "A" and code[x + 1:x + 2] == "O" and verb <= noun or k == "B" and code[x - 1:x] == "X":
+        elif k == "A" and code[x + 1:x + 2] == "O" and not (verb >= 0 and PARTICLE.match(f"{words[verb]} {words[x]}")) or k == "B" and code[x - 1:x] == "X":
             k = k.lower()                                         # next to, there is: predicates
         if k in WAITS:
             label[x] = WAITS[k]
@@ -389,7 +390,7 @@ def join(words, code, ends, head, label):
                 if code[mark] == "T" and subject < 0:
                     owns = verb < 0 or noun > verb and (words[verb] in ("has", "have", "having") or code[verb] == "B")
                     h, relation = (noun, "acl") if owns else (verb, "xcomp" if verb > noun and XCOMP.match(words[verb]) else "advcl")
-                elif words[mark] == "that" and verb > noun:
+                elif words[mark] == "that" and mark == verb + 1:
                     h, relation = verb, "ccomp"
             elif cc >= 0 and verb >= 0:                           # sits and watches
                 h, relation, head[cc] = head[verb] if label[verb] == "conj" else verb, "conj", x
@@ -439,7 +440,7 @@ def read_phrases(caption, spans, words, tags, label, ends):
             continue
         picture = w in PICTURES and (before in TAKING or after not in ("on", "hanging", "hung", "above"))
         if (tags[h] == "R" or picture or w in NOT_THINGS or w == "corner" and after == "of"
-                or w in ACTS and before in TAKING or w in LOCATIONS and s == h and tags[start] != "P"
+                or w in ACTS and before in TAKING or w in LOCATIONS and s == h and not {"P", "M", "Y"} & set(tags[start:h])
                 or h == start and (w in BALL_SPORTS or w in BARE and LEXICON.get(before) in ("I", "O"))
                 or before == "in" and w in ("row", "line", "circle", "group", "pile")):
             continue
@@ -489,19 +490,20 @@ def show(parsed):
 
 def draw(parsed):
     """The tree as a picture in text, a line a word: what stands before its head is drawn above it, the rest below."""
-    below = [[] for _ in parsed.tokens] + [[]]
+    hanging, lines = [[] for _ in parsed.tokens] + [[]], [parsed.caption]
     for i, t in enumerate(parsed.tokens):
-        below[t.head].append(i)                                   # the root's head is -1, the last of these
-    lines, stack = [parsed.caption], [(i, "", "", "") for i in below[-1]]
-    while stack:                                                  # word, and the branches above, at and below its line
-        i, above, at, under = stack.pop()
+        hanging[t.head].append(i)                                 # the root's head is -1, the last of these
+    stack = [(i, "", "", "") for i in hanging[-1]]                # a word, and the branches above, at and below its line
+    while stack:
+        i, above, line, below = stack.pop()
         if i < 0:
-            lines.append(at)
+            lines.append(line)
             continue
-        left, right, t = [c for c in below[i] if c < i], [c for c in below[i] if c > i], parsed.tokens[i]
-        stack += [(c, under + "│  ", under + ("├─ " if c != right[-1] else "└─ "), under + ("│  " if c != right[-1] else "   ")) for c in right[::-1]]
-        stack.append((-1, "", f"{at}{t.text:<{max(1, 34 - len(at))}} {t.tag:<6}{t.label}", ""))
-        stack += [(c, above + ("│  " if c != left[0] else "   "), above + ("├─ " if c != left[0] else "┌─ "), above + "│  ") for c in left[::-1]]
+        t, left, right = parsed.tokens[i], [c for c in hanging[i] if c < i], [c for c in hanging[i] if c > i]
+        stack += [(c, below + "│  ", below + "├─ ", below + "│  ") for c in right[:-1]] + [(c, below + "│  ", below + "└─ ", below + "   ") for c in right[-1:]]
+        stack[len(stack) - len(right):] = stack[len(stack) - len(right):][::-1]
+        stack.append((-1, "", f"{line + t.text:<34} {t.tag:<6}{t.label}", ""))
+        stack += [(c, above + "│  ", above + "├─ ", above + "│  ") for c in left[:0:-1]] + [(c, above + "   ", above + "┌─ ", above + "│  ") for c in left[:1]]
     return "\n".join(lines) + "\n"
 
 # ------------------------------------------------------------------------------- files, and how good and how fast
@@ -512,11 +514,8 @@ def read_captions(path):
             if str(path).endswith(".json"):
                 yield from (a["caption"] for a in json.load(file)["annotations"])
             for line in file:
-                if not str(path).endswith(".jsonl"):
-                    yield line.rstrip("\r\n")
-                elif line.strip():
-                    row = json.loads(line)
-                    yield from row["captions"] if "captions" in row else [row["caption"]]
+                row = json.loads(line) if str(path).endswith(".jsonl") else {"caption": line.rstrip("\r\n")}
+                yield from row["captions"] if "captions" in row else [row["caption"]]
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{path}: .json must be COCO's captions, .jsonl records with a caption or captions ({e!r})")
 
@@ -524,14 +523,15 @@ def locate(caption, answer):
     """The `Phrase`s that [{"text": …, "subject": …}, …] names, where the caption has them; ValueError if it has not."""
     found = []
     for row in answer:
+        if not (isinstance(row, dict) and all(isinstance(row.get(k), str) and row[k].strip() for k in ("text", "subject"))):
+            raise ValueError(f"{row!r} is not a text and its subject")
         text, subject = (r"(?<!\w)" + r"\s+".join(map(re.escape, row[k].split())) + r"(?!\w)" for k in ("text", "subject"))
         free = (m for m in re.finditer(text, caption, re.I) if all(m.end() <= p.span[0] or p.span[1] <= m.start() for p in found))
-        m = next(free, None)
-        inner = [*re.finditer(subject, m.group(), re.I)] if m and m.group() and row["subject"].strip() else []
+        inner = [(m, *n.span()) for m in [*free][:1] for n in re.finditer(subject, m.group(), re.I)]
         if not inner:
             raise ValueError(f"{row['text']!r} with the subject {row['subject']!r} is not in {caption!r}")
-        (a, b), (s, e) = m.span(), (m.start() + edge for edge in inner[-1].span())
-        found.append(Phrase(caption[a:b], (a, b), caption[s:e], (s, e)))
+        m, s, e = inner[-1]
+        found.append(Phrase(m.group(), m.span(), m.group()[s:e], (m.start() + s, m.start() + e)))
     return sorted(found, key=lambda p: p.span)
 
 def read_parses(path):
@@ -542,57 +542,45 @@ def read_parses(path):
             try:
                 row = json.loads(line)
                 parses[row["caption"]] = locate(row["caption"], row["phrases"])
-            except (ValueError, KeyError, TypeError, AttributeError) as e:
+            except (ValueError, KeyError, TypeError) as e:
                 raise ValueError(f'{path}:{number}: a line is {{"caption": …, "phrases": [{{"text": …, "subject": …}}, …]}} ({e})')
     return parses
 
 def score(gold, parses):
-    """Text: how well parses agree with gold, both {caption: [`Phrase`, …]}, and each caption that is not right.
+    """Text: precision, recall and F1 of parses against gold, both {caption: [`Phrase`, …]}, then each caption's errors.
 
-    Texts are compared as multisets in small letters, without the first article; a caption is right with the gold's subjects in order.
+    Small letters, no first article, multisets; a caption is right when its subjects are the gold's, in order.
     """
-    views = dict(phrases=lambda p: re.sub(r"^(an?|the) (?=.)", "", " ".join(p.text.lower().split())), subjects=lambda p: p.subject.lower(),
-                 heads=lambda p: p.subject.lower().split()[-1])
-    missing = [c for c in gold if c not in parses]
-    lines, wrong = [f"{'':10}precision    recall        F1"], 0
-    for name, view in views.items():
-        pairs = [(Counter(map(view, gold[c])), Counter(map(view, parses.get(c, [])))) for c in gold]
-        hit, found, wanted = (sum(n) for n in zip(*((sum((g & p).values()), sum(p.values()), sum(g.values())) for g, p in pairs))) if pairs else (0, 0, 0)
-        lines.append(f"{name:10}{hit / max(1, found):9.4f}{hit / max(1, wanted):10.4f}{2 * hit / max(1, found + wanted):10.4f}")
-    for c in gold:
-        mine = parses.get(c, [])
-        wrong += [views["subjects"](p) for p in gold[c]] != [views["subjects"](p) for p in mine]
-        texts = [Counter((views["phrases"](p), p.subject.lower()) for p in phrases) for phrases in (gold[c], mine)]
-        if texts[0] != texts[1]:
-            lines.append(f"\n{c}" + "".join(f"\n  {mark} {text}  (subject: {subject})" for mark, more in
-                         (("missed", texts[0] - texts[1]), ("wrong ", texts[1] - texts[0])) for text, subject in more.elements()))
-    lines.insert(4, f"captions right {len(gold) - wrong} of {len(gold)}: {(len(gold) - wrong) / max(1, len(gold)):.4f}"
-                    + f"; {len(missing)} have no parse" * bool(missing))
+    text, subject = lambda p: re.sub(r"^(an?|the) ", "", " ".join(p.text.lower().split())), lambda p: p.subject.lower()
+    both = [(c, gold[c], parses.get(c, [])) for c in gold]
+    right = sum(list(map(subject, g)) == list(map(subject, p)) for _, g, p in both)
+    lines = [f"{'':10}{'precision':>10}{'recall':>10}{'F1':>10}"]
+    for name, view in ("phrases", text), ("subjects", subject), ("heads", lambda p: subject(p).split()[-1]):
+        hit = sum((Counter(map(view, g)) & Counter(map(view, p))).total() for _, g, p in both)
+        found, wanted = sum(len(p) for _, _, p in both), sum(len(g) for _, g, _ in both)
+        lines.append(f"{name:10}{hit / max(1, found):10.4f}{hit / max(1, wanted):10.4f}{2 * hit / max(1, found + wanted):10.4f}")
+    lines.append(f"captions right: {right} of {len(gold)}, {right / max(1, len(gold)):.4f}; without a parse: {len(gold.keys() - parses.keys())}")
+    for c, *sides in both:
+        g, p = (Counter(f"{text(x)}  (subject: {subject(x)})" for x in phrases) for phrases in sides)
+        lines += [f"\n{c}"] * (g != p) + [f"  missed {x}" for x in (g - p).elements()] + [f"  wrong  {x}" for x in (p - g).elements()]
     return "\n".join(lines)
 
 def bench(captions):
-    """Text: captions a second on one core of `parse`, and of NLTK's chunker on the first 2,000 of the same captions.
+    """Text: captions a second on one core of `parse`, and of NLTK's RegexpParser on the first 2,000 of the same captions.
 
-    The usual recipe tags with a trained perceptron, which must be downloaded. This one tags from the lexicon, which is faster.
+    That recipe's usual tagger is a trained one that must be downloaded; here NLTK looks tags up in the lexicon, which is faster.
     """
-    from nltk import RegexpParser, RegexpTagger, UnigramTagger
-    from nltk.tokenize import TreebankWordTokenizer
+    from nltk import RegexpParser, RegexpTagger, TreebankWordTokenizer, UnigramTagger
     tagger = UnigramTagger(model={w: UPOS.get(t, "VERB") for w, t in LEXICON.items()},
                            backoff=RegexpTagger([(r".*(ing|ed)$", "VERB"), (r"^\W+$", "PUNCT"), (r".*", "NOUN")]))
-    chunker, words = RegexpParser("NP: {<DET>?<NUM|ADJ>*<NOUN>+}"), TreebankWordTokenizer()
-    lines = []
-    for name, run, some in (("parse.py", parse, captions), ("parse.py", parse, captions[:2000]),
-                            ("NLTK RegexpParser", lambda c: c.strip() and chunker.parse(tagger.tag(words.tokenize(c.lower()))), captions[:2000])):
+    tokens, chunker, lines = TreebankWordTokenizer(), RegexpParser("NP: {<DET>?<NUM|ADJ>*<NOUN>+}"), []
+    chunk = lambda caption: caption.strip() and chunker.parse(tagger.tag(tokens.tokenize(caption.lower())))
+    for name, function, some in ("parse.py", parse, captions), ("parse.py", parse, captions[:2000]), ("NLTK RegexpParser", chunk, captions[:2000]):
         began = time.perf_counter()
         for caption in some:
-            run(caption)
+            function(caption)
         seconds = time.perf_counter() - began
-        lines.append(f"{name:18}{len(some):>9,} captions in {seconds:7.2f} s{len(some) / max(seconds, 1e-9):>10,.0f} captions/s")
-    try:
-        import resource
-        lines.append(f"most memory held: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == 'darwin' else 1 << 10):,.0f} MiB")
-    except ImportError:                                           # Windows does not tell
-        pass
+        lines.append(f"{name:18}{len(some):>9,} captions in {seconds:7.2f} s{len(some) / seconds:>10,.0f} captions/s")
     return "\n".join(lines)
 
 # ----------------------------------------------------------------------------------------- a language model's parses
@@ -608,108 +596,96 @@ Caption: "A group of people riding two brown horses next to a fire hydrant at su
 Caption: """
 
 def ask(url, model, caption, seconds):
-    """A server's answer to PROMPT, or None after four tries. Raises ValueError when trying again is of no use."""
-    if not url.endswith("/chat/completions"):
-        url = url.rstrip("/") + ("" if url.rstrip("/").endswith("/v1") else "/v1") + "/chat/completions"
+    """The answer to PROMPT of the server at url, or None after four tries; ValueError where more of them are of no use."""
     body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": PROMPT + json.dumps(caption, ensure_ascii=False)}]}
-    key = {"Authorization": "Bearer " + os.environ["OPENAI_API_KEY"]} if "OPENAI_API_KEY" in os.environ else {}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
     for wait in (1, 2, 4, 0):
         try:
-            request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json", **key})
+            request = urllib.request.Request(url, json.dumps(body).encode(), headers)
             with urllib.request.urlopen(request, timeout=seconds) as reply:
                 return str(json.load(reply)["choices"][0]["message"]["content"])
-        except urllib.error.HTTPError as e:
-            if e.code < 500 and e.code not in (408, 425, 429):
-                raise ValueError(f"{url} refuses: {e}")
-        except urllib.error.URLError as e:
-            if isinstance(e.reason, ConnectionRefusedError) and not wait or "ssl" in str(e.reason).lower() or isinstance(e.reason, OSError) and e.reason.errno in (-2, -3, -5):
-                raise ValueError(f"no server at {url}: {e.reason}")
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
-            pass                                                  # dropped, too slow, or no answer in the body
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as e:   # no answer, or half of one
+            reason = getattr(e, "reason", None)
+            if 400 <= getattr(e, "code", 0) < 500 and e.code not in (408, 429) or not wait and isinstance(reason, (ConnectionRefusedError, socket.gaierror)):
+                raise ValueError(f"{url} as {model}: {e}; answers so far are kept: the same command goes on from there")
         time.sleep(wait)
 
-def understand(caption, answer):
-    """The `Phrase`s of an answer; ValueError when it is no JSON list of phrases of the caption."""
-    try:
-        return locate(caption, json.loads(answer[answer.index("["):answer.rindex("]") + 1]))
-    except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"not a list of texts and subjects ({e})")
-
 def parse_by_llm(captions, url, model, name, workers=16, seconds=60):
-    """Yields the hierarchy of each caption as `to_json` has it, and "by": "llm", or "rules" where its answer was none of the caption's.
+    """Yields, in order, the hierarchy of each caption as `to_json` has it, "by" the "llm", or by the "rules" if its answer will not do.
 
-    Answers are kept as they come in NAME.HASH.answers.jsonl, in the working folder, and never asked for twice.
+    Answers are kept as they come in NAME.HASH.answers.jsonl in the working folder, and none of them is asked for twice.
     """
-    from tqdm import tqdm
-    kept = Path(f"{Path(name).stem}.{zlib.crc32((model + PROMPT).encode()):08x}.answers.jsonl")
-    answers = {}
-    for line in kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []:
+    url = url.rstrip("/")
+    url += "" if url.endswith("/chat/completions") else "/chat/completions" if url.endswith("/v1") else "/v1/chat/completions"
+    kept, answers = Path(f"{Path(name).stem}.{zlib.crc32((model + PROMPT).encode()):08x}.answers.jsonl"), {}
+    for line in kept.read_text(encoding="utf-8").splitlines() if kept.exists() else ():
         try:
             answers.update([json.loads(line)])
-        except (ValueError, TypeError):                           # cut short by a kill
-            pass
-    todo, counts = [c for c in dict.fromkeys(captions) if c.strip() and c not in answers], Counter()
+        except (ValueError, TypeError):                           # cut short when the run was killed
+            continue
+    todo, count = [c for c in dict.fromkeys(captions) if c.strip() and c not in answers], Counter()
     with open(kept, "a", encoding="utf-8") as log, ThreadPool(workers) as pool:
-        asked = pool.imap_unordered(lambda c: (c, ask(url, model, c, seconds)), todo)
-        for caption, answer in tqdm(asked, total=len(todo), desc=f"asking {model}", unit="caption", disable=not todo):
+        replies = pool.imap_unordered(lambda caption: (caption, ask(url, model, caption, seconds)), todo)
+        for caption, answer in tqdm(replies, f"asking {model}", len(todo), unit="caption"):
             if answer is not None:
                 answers[caption] = answer
-                log.write("\n" * (not log.tell()) * 0 + json.dumps([caption, answer]) + "\n")
+                log.write(f"\n{json.dumps([caption, answer])}")   # a new line first: the last one may have been cut short
                 log.flush()
     for caption in captions:
-        by, phrases = "rules", None
-        if caption in answers:
-            try:
-                by, phrases = "llm", understand(caption, answers[caption])
-            except ValueError:
-                by = "rules"
-        counts["llm" if phrases is not None else "rejected" if caption in answers else "unanswered" if caption.strip() else "empty"] += 1
-        phrases = parse(caption).phrases if phrases is None else phrases
+        answer = answers.get(caption)
+        try:
+            phrases, by = locate(caption, json.loads(answer[answer.index("["):answer.rindex("]") + 1])) if answer else None, "llm"
+        except (ValueError, RecursionError):
+            phrases = None
+        if phrases is None:
+            phrases, by = parse(caption).phrases, "rules"
+        count["llm" if by == "llm" else "rejected" if answer else "unanswered"] += 1
         yield {**to_json(Parse(caption, [], phrases)), "by": by}
-    print(f"{len(captions)} captions: {counts['llm']} parsed by {model}; by the rules: {counts['rejected']} whose answer was rejected, "
-          f"{counts['unanswered']} unanswered, {counts['empty']} empty. Answers are kept in {kept}", file=sys.stderr)
+    sys.stderr.write(f"{len(captions)} captions: {count['llm']} parsed by {model}; by the rules {count['rejected']} whose answer was rejected "
+                     f"and {count['unanswered']} without one. Answers are kept in {kept}\n")
 
 def main():
     """The command line; returns the exit status."""
     options = argparse.ArgumentParser(description="Parse captions into trees, phrases, subjects and composites.")
     options.add_argument("captions", nargs="*", metavar="CAPTION", help="a caption to parse (with --llm: a file of captions)")
-    options.add_argument("--file", help="parse each line of FILE (captions in .json or .jsonl too); - is standard input")
-    options.add_argument("--json", action="store_true", help="print one JSON object a caption instead of text")
-    options.add_argument("--draw", action="store_true", help="draw the trees in text")
-    options.add_argument("--score", metavar="GOLD.jsonl", help="rate the rules, or --parses, against annotated captions")
-    options.add_argument("--parses", metavar="FILE.jsonl", help="with --score: rate this file of parses")
-    options.add_argument("--bench", metavar="FILE", help="time the parser, beside NLTK's RegexpParser, on the captions of FILE")
-    options.add_argument("--llm", metavar="URL", help="ask an OpenAI-compatible server, such as http://localhost:8000/v1")
-    options.add_argument("--model", metavar="NAME", help="with --llm: the model to ask for")
+    for name, kind, text in (("--file", "FILE", "parse each line of FILE (or COCO's .json, or .jsonl records); - is standard input"),
+                             ("--score", "GOLD.jsonl", "rate the rules, or --parses, against annotated captions"),
+                             ("--parses", "FILE.jsonl", "with --score: rate these parses"),
+                             ("--bench", "FILE", "time the parser on the captions of FILE, beside NLTK's RegexpParser"),
+                             ("--llm", "URL", "ask an OpenAI-compatible server, such as http://localhost:8000/v1"),
+                             ("--model", "NAME", "with --llm: the model to ask for")):
+        options.add_argument(name, metavar=kind, help=text)
     options.add_argument("--workers", type=int, default=16, metavar="N", help="with --llm: questions at a time [16]")
     options.add_argument("--timeout", type=float, default=60, metavar="S", help="with --llm: seconds to wait for an answer [60]")
+    options.add_argument("--json", action="store_true", help="print one JSON object a caption instead of text")
+    options.add_argument("--draw", action="store_true", help="draw the trees in text")
     args = options.parse_args()
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:
-        file = args.file or (args.captions.pop(0) if args.llm and args.captions else None)
+        file = args.captions.pop(0) if args.llm and args.captions else args.file
         if args.score:
             gold = read_parses(args.score)
             print(score(gold, read_parses(args.parses) if args.parses else {c: parse(c).phrases for c in gold}))
         elif args.bench:
             print(bench(list(read_captions(args.bench))))
         elif args.llm:
-            if not args.model or not file or args.workers < 1:
-                raise ValueError("say which model and which captions: --llm URL --model NAME FILE")
+            if not args.model or not file or args.workers < 1 or not args.llm.startswith("http"):
+                raise ValueError("it is --llm http://… --model NAME FILE, with one worker or more")
             for row in parse_by_llm(list(read_captions(file)), args.llm, args.model, file, args.workers, args.timeout):
                 print(json.dumps(row, ensure_ascii=False))
         elif not args.captions and file is None:
             raise ValueError("nothing to parse: give a caption in quotes, or --file FILE (- is standard input)")
         else:
-            write = draw if args.draw else show
-            for caption in chain(args.captions, read_captions(file) if file else []):
-                print(json.dumps(to_json(parse(caption)), ensure_ascii=False) if args.json else write(parse(caption)))
+            text = (lambda parsed: json.dumps(to_json(parsed), ensure_ascii=False)) if args.json else draw if args.draw else show
+            for caption in chain(args.captions, read_captions(file) if file else ()):
+                print(text(parse(caption)))
         sys.stdout.flush()
     except BrokenPipeError:                                       # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 130
     except (OSError, ValueError) as e:
-        sys.stderr.write("parse.py: " + (f"cannot read {e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)) + "\n")
+        sys.stderr.write("parse.py: " + (f"cannot read {e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)) + "\n")
         return 2
     return 0
 
