@@ -59,6 +59,7 @@ class Options:
     root: str = option("data/coco", "folder of COCO's train2017/ val2017/ annotations/")
     download: bool = option(False, "fetch COCO 2017 into --root first (20 GB, resumable, checked)")
     out: str = option("", "folder for all that a run writes [out/NAME]")
+    parses: str = option("", "file of parses to train on in place of the rules' (python parse.py --llm)")
     levels: str = option(",".join(LEVELS), "levels of the HIST training; 'caption' trains the baseline alone")
     steps: int = option(0, "optimiser steps of each training [scenes 1200, else 10 epochs]")
     batch_size: int = option(-1, "images a step [scenes 32, else 64]")
@@ -360,6 +361,13 @@ def phrases_of(caption):
     """[(phrase, subject), …] of a caption."""
     return [(p.text, p.subject) for p in parser.parse(caption).phrases]
 
+def read_given(path):
+    """{caption: [(phrase, subject), …]} of a file of parses; UserError where it is no such file."""
+    try:
+        return {caption: [(p.text, p.subject) for p in phrases] for caption, phrases in parser.read_parses(path).items()}
+    except ValueError as e:
+        raise UserError(str(e))
+
 def key(text):
     """What makes two texts one: neither case nor a leading article counts ("A dog", "the dog", "dog")."""
     words = text.lower().split()
@@ -392,7 +400,11 @@ class Samples(Dataset):
     def __init__(self, records, vocabulary, o):
         self.records, self.vocabulary, self.o = records, vocabulary, o
         if not isinstance(records, Scenes):                    # each caption is parsed once
-            self.parses = [[phrases_of(c) for c in r["captions"]] for r in tqdm(records, desc="parsing", unit="img")]
+            given = read_given(o.parses) if o.parses else {}
+            self.parses = [[given[c] if c in given else phrases_of(c) for c in r["captions"]] for r in tqdm(records, desc="parsing", unit="img")]
+            if o.parses:
+                captions = [c in given for r in records for c in r["captions"]]
+                print(f"{o.parses}: parses of {sum(captions)} of {len(captions)} captions; the rest by the rules")
 
     def __getitem__(self, position):
         epoch, i = divmod(position, len(self.records))
@@ -918,6 +930,8 @@ def settle(given):
     wrong = [level for level in o.levels.split(",") if level not in LEVELS]
     if wrong:
         raise UserError(f"--levels {o.levels}: there is no level {wrong[0]!r}; the levels are {','.join(LEVELS)}")
+    if o.parses and o.data == "scenes":
+        raise UserError("--parses: scenes are drawn without end and parsed as they come; say --data coco or --data FILE.jsonl")
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     o.device = next(d for d in here if here[d]) if o.device == "auto" else o.device
     if not here.get(o.device):

@@ -419,7 +419,8 @@ def join(words, code, ends, head, label):
         root = next((t for t, h in enumerate(head) if h == -2 and code[t] not in WAITS), 0)
     for t, h in enumerate(head):
         if h == -2:
-            head[t], label[t] = root, label[t] or "dep"
+            comma = code[t:t + 2] == ",K" and head[t + 1] >= 0     # ", and": both hang on what follows
+            head[t], label[t] = head[t + 1] if comma else root, label[t] or "dep"
     head[root], label[root] = -1, "root"
 
 
@@ -525,6 +526,10 @@ def locate(caption, answer):
     for row in answer:
         if not (isinstance(row, dict) and all(isinstance(row.get(k), str) and row[k].strip() for k in ("text", "subject"))):
             raise ValueError(f"{row!r} is not a text and its subject")
+        (a, b), (s, e) = row.get("span", (0, 0)), row.get("subject_span", (0, 0))
+        if caption[a:b] == row["text"] and caption[s:e] == row["subject"] and (found[-1].span[1] if found else 0) <= a <= s < e <= b:
+            found.append(Phrase(row["text"], (a, b), row["subject"], (s, e)))              # as to_json wrote it
+            continue
         text, subject = (r"(?<!\w)" + r"\s+".join(map(re.escape, row[k].split())) + r"(?!\w)" for k in ("text", "subject"))
         free = (m for m in re.finditer(text, caption, re.I) if all(m.end() <= p.span[0] or p.span[1] <= m.start() for p in found))
         inner = [(m, *n.span()) for m in [*free][:1] for n in re.finditer(subject, m.group(), re.I)]

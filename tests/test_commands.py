@@ -163,6 +163,22 @@ def test_own_images(own):
     assert done.returncode == 0 and done.stdout.strip() == "out/my/ground.png"
 
 
+def test_parses_of_another_parser_are_trained_on(own, capsys):
+    parses = [{"caption": f"a cat and dog number {i}", "phrases": [{"text": "cat and dog", "subject": "cat and dog"}]} for i in range(8)]
+    Path("parses.jsonl").write_text("".join(json.dumps(p) + "\n" for p in parses))
+    o = hist.settle(hist.command_line(["--data", "my.jsonl", "--parses", "parses.jsonl", *TINY, *SMALL_VIT]))
+    records, _ = hist.load_data(o)
+    samples = hist.Samples(records, hist.build_vocabulary((c for r in records for c in r["captions"]), 100), o)
+    assert [s[0] for s in samples.parses[:8]] == [[("cat and dog", "cat and dog")]] * 8 and samples.parses[8][0][0] == ("a cat", "cat")
+    assert "parses.jsonl: parses of 8 of 27 captions" in capsys.readouterr().out
+    hist.main(["--data", "my.jsonl", "--parses", "parses.jsonl", *TINY, *SMALL_VIT])
+    with open("parses.jsonl", "a") as f:
+        f.write('{"caption": "a cat and dog number 8", "phrases": [{"text": "a bird", "subject": "bird"}]}')
+    assert "parses.jsonl:9:" in refused(capsys, "--data", "my.jsonl", "--parses", "parses.jsonl", *TINY)
+    assert "no.jsonl" in refused(capsys, "--data", "my.jsonl", "--parses", "no.jsonl", *TINY)
+    assert "--data coco" in refused(capsys, "--parses", "parses.jsonl", *TINY)
+
+
 def test_own_images_without_targets_say_that_there_is_nothing_to_point_at(own, capsys):
     kept = [{k: v for k, v in r.items() if k in ("image", "captions")} for r in map(json.loads, filter(str.strip, open("my.jsonl")))]
     Path("plain.jsonl").write_text("\n".join(map(json.dumps, kept)))
