@@ -682,12 +682,16 @@ def main():
             raise ValueError("nothing to parse: give a caption in quotes, or --file FILE (- is standard input)")
         else:
             text = (lambda parsed: json.dumps(to_json(parsed), ensure_ascii=False)) if args.json else draw if args.draw else show
+            for name in args.captions:
+                if " " not in name and "." in name and os.path.isfile(name):
+                    raise ValueError(f"{name} is a file: --file {name} parses each of its lines")
             for caption in chain(args.captions, read_captions(file) if file else ()):
                 print(text(parse(caption)))
         sys.stdout.flush()
     except BrokenPipeError:                                       # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
+        sys.stderr.write("parse.py: stopped\n")
         return 130
     except (OSError, ValueError) as e:
         sys.stderr.write("parse.py: " + (f"cannot read {e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)) + "\n")
