@@ -90,27 +90,27 @@ WORDS = {
         handful material thing spring evening morning dwelling shelving ping lightning thanksgiving sting lily italy bully holly rally
         trolly weed opener moped reed cleaner baby body lady teddy sky party puppy tabby army buggy pony ivy daisy candy bunny kitty ferry
         cherry curry lobby balcony canopy husky dairy hobby family penny study copy property company fairy buddy daddy dinghy trophy gypsy
-        rental lens gas canvas christmas""",
+        rental lens gas canvas christmas plastic
+        teenager stranger foreigner loner passerby""",
     "D": "a an the this these those some any every each no another both all either neither",
     "R": """it they them he she him himself herself itself themselves i we us you me someone somebody something anyone everyone everything
         nothing others what eachother ones anybody everybody nobody they're""",
     "#": """two three four five six seven eight nine ten eleven twelve fifteen twenty hundred thousand thirteen fourteen thirty forty fifty""",
     "I": """in on at with into onto near under underneath beneath below above behind beside between among against along alongside across
         through throughout toward towards atop via without within during until upon past for amid thru beyond except than like""",
-    "A": """not away together apart outdoors indoors here now still already also ahead forward backwards upright alone nearby else how why
-        then just even downhill somewhere everywhere airborne too upward uphill overhead instead downward sideways upwards downwards maybe
-        again ever never yet outward underwater upstairs downstairs onstage n't don't doesn't didn't rather afar""",
+    "A": """not away together apart outdoors indoors here now still already also ahead upright alone else how why
+        then just even downhill somewhere everywhere airborne too upward uphill instead downward sideways upwards downwards maybe
+        again ever never yet outward upstairs downstairs onstage n't don't doesn't didn't rather afar""",
     "Q": "very so quite almost more most well pretty super less extra somewhat otherwise",
     "u": "to", "o": "one", "t": "that", "x": "there", "h": "her", "K": "and or & but nor", "P": "his their its my your our whose",
     "W": "which who whom", "O": "of from", "b": "back side", "r": "right left",
     "L": "while as when where because if since though although whether", "H": "will would could should might must may cannot can't",
     "B": "is are was were be been being am isn't aren't", "d": "has have had having do does did", "n": "can",
-    "p": "up down off out over around by about inside outside aboard", "f": "after before"}
+    "p": "up down off out over around by about inside outside aboard", "f": "after before", "w": "nearby backwards backward forward overhead underwater"}
 # -ing words that make a compound with the noun after them ("cutting board"), the first even where a verb may stand;
 # those that describe it ("smiling people"). Then the adjectives that belong to the noun: "hot dog" is the subject.
 ING_ALWAYS = set("living dining parking cutting shopping swimming baking vending roasting".split())
-ING_COMPOUND = ING_ALWAYS | set("""sitting riding playing walking waiting running skiing surfing drinking cooking reading feeding batting
-        gaming training racing sleeping frying mixing sewing loading""".split())
+ING_COMPOUND = ING_ALWAYS | set("""sitting riding playing walking waiting running skiing surfing drinking cooking reading feeding batting bathing hunting herding fishing gaming training racing sleeping frying mixing sewing loading""".split())
 ING_STATE = set("sitting standing walking running hanging smiling moving matching oncoming flying towering".split())
 FIXED = {tuple((pair + s).split('-')) for s in ('', 's') for pair in """hot-dog stainless-steel big-ben french-fries flat-screen
         double-decker wet-suit half-pipe top-hat big-rig orange-juice orange-slice orange-peel high-chair high-heel third-base wild-flower
@@ -125,7 +125,7 @@ NOT_THINGS = set("""day night time morning afternoon evening dusk dawn daytime y
         competition tournament contest event practice trip process action motion speed fun love style size color colour fashion position
         height air midair flight direction order need help conversation trick stunt jump ride nap break look distance weather progress
         unison stillness contrast life midst turn serve race talk tennis golf hockey badminton skiing type kind sort work business rest wait
-        haircut play volley consumption adventure attempt autumn backhand call celebration daylight discussion example excitement experience
+        haircut play volley consumption marathon ceremony lesson performance adventure attempt autumn backhand call celebration daylight discussion example excitement experience
         feel journey moment movement noon rugby skateboarding snowboarding speech surfing tonight transit use variety visibility""".split())
 BALL_SPORTS = set("soccer baseball football basketball volleyball softball".split())
 # Words that place one thing by another: phrases only with an owner or a noun before them ("his back", "hill side");
@@ -156,7 +156,7 @@ SUFFIXES = [(re.compile(pattern), tag) for pattern, tag in (      # for other wo
     (r"['’]s$", "m"), (r"[\d.,/:]*\d[\d.,/:]*(?:st|nd|rd|th|s)?$", "#"), (r".+(?:ing|in')$", "g"), (r".{2,}ed$", "e"),
     (r".{2,}ly$", "Q"),
     (r".*(?:[aeou]y|[ei]ty|[aeou]ry|[snlue]try|lry|ndry|phy|[lor]gy|cy|berry)$", "N"), (r".{2,}y$|.{2,}mental$", "J"),
-    (r".{2,}(?:(?<!t)ous|less|ful|ular|ial|onal|ical|[st]ive|[aeiou]ble|[wh]ern)$", "J"),
+    (r".{2,}(?:(?<!t)ous|less|ful|ular|ial|onal|ical|[st]ive|[aeiou]ble|[wh]ern|[seoa]tic)$", "J"),
     (r".+(?:ss|us|is)$", "N"), (r".+s$", "S"), (r"[^\W_]", "N"), (r",", ","))]
 DEGREES = ("(er|est)$", ""), ("(?<=e)(r|st)$", ""), (r"(.)\1(er|est)$", r"\1"), ("i(er|est)$", "y")   # bigger, tidiest
 
@@ -208,9 +208,9 @@ def tag_word(word):
     return next((tag for pattern, tag in SUFFIXES if pattern.match(word)), ".")
 
 
-UNDECIDED = frozenset("ysziegjphotxbnrdumfVJ")
+UNDECIDED = frozenset("wysziegjphotxbnrdumfVJ")
 NOUNISH = frozenset("NSJjyszigeoU#VQ")      # may come next inside a noun phrase, as first tagged
-OPENS = frozenset("DPhIOpTuAkL,.KRtB")      # comes after a verb rather than after a noun's modifier
+OPENS = frozenset("DPhIOpTuAwkL,.KRtB")      # comes after a verb rather than after a noun's modifier
 
 def singular(words, tags, i):
     """Whether a noun before i is one of a kind ("a man", "the skier"): a plural after it would be no noun, so it is a verb."""
@@ -232,9 +232,11 @@ def disambiguate(words, tags):
             tags[i + 1] = "A"
         q, q2 = tags[i + 1], tags[i + 2]
         if k in "NS":
-            if (q in "DPh" and (p in ("ST" if k == "N" else "N") or k == "S" and p == "K" and "V" in tags[max(0, i - 9):i])
-                    or k == "S" and (p == "R" or p == "N" and q in OPENS and singular(words, tags, i))):
+            if (q in "DPh#" and (p in ("ST" if k == "N" else "N") or k == "S" and p == "K" and "V" in tags[max(0, i - 9):i])
+                    or k == "S" and (p == "R" or p == "N" and (q in OPENS or q in "#J") and singular(words, tags, i))):
                 k = tags[i] = "V"                                 # a boy pedals his bike; as she bends; a bird perches on
+            elif k == "N" and p == "S" and pp in "^#" and q in "IOpA" and w not in LEXICON:
+                k = tags[i] = "V"                                 # two wrestlers grapple on
             elif k == "S" and prev in ("a", "an") and w[:-1] in MOVERS and (q in NOUNISH or q == "b"):
                 k = tags[i] = "Y"                                 # a persons back
         elif k in UNDECIDED:
@@ -255,7 +257,7 @@ def disambiguate(words, tags):
             elif k == "y":                                        # to ride; people ride; a man and a woman ride
                 led = p in "WRHXT" or p in "K," and pp in "VAGE"
                 plural = p in "SB" and (noun_next or q in OPENS)
-                far = p == "N" and q in "DPIOphA" and ("S" in tags[:4] or "K" in tags[max(0, i - 4):i]) and not (
+                far = p == "N" and (q in "DPIOphA" or noun_next and pp in "K") and ("S" in tags[:4] or "K" in tags[max(0, i - 4):i]) and not (
                     set("VGEB") & set(tags[max(0, i - 6):i])) and LEXICON.get(w + "s") == "s"
                 k = "V" if led or plural or far else "N"
             elif k == "j": k = "J" if noun_next and q not in "Vsg" and p != "N" or q in "K," and q2 == "J" else "N"
@@ -267,6 +269,7 @@ def disambiguate(words, tags):
             elif k == "i": k = "G" if p in "SBRV" or p == "N" and (prev in MOVERS or q in "DPh") else "N"
             elif k == "p" and w == "about" and after == "to": k = "J"
             elif k == "p": k = "I" if q in "DPhRo#NSJjyszieUtb" and not (p in "VGE" and PARTICLE.match(f"{prev} {w}")) else "A"
+            elif k == "w": k = "J" if noun_next and p in "DPJ" else "A"
             elif k == "f": k = "L" if after in ("he", "she", "they", "we") else "I"
             elif k == "h": k = "P" if noun_next or q in "rb" else "R"
             elif k == "u": k = "T" if q in "VB" or q + q2 in ("ND", "NP") or q == "y" and prev != "next" else "O"
@@ -441,7 +444,7 @@ def read_phrases(caption, spans, words, tags, label, ends):
             continue
         picture = w in PICTURES and (before in TAKING or after not in ("on", "hanging", "hung", "above"))
         if (tags[h] == "R" or picture or w in NOT_THINGS or w == "corner" and after == "of"
-                or w in ACTS and before in TAKING or w in LOCATIONS and s == h and not {"P", "M", "Y"} & set(tags[start:h])
+                or w in ACTS and before in TAKING or before in ("says", "saying") and tags[start] != "D" or w in LOCATIONS and s == h and not {"P", "M", "Y"} & set(tags[start:h])
                 or h == start and (w in BALL_SPORTS or w in BARE and LEXICON.get(before) in ("I", "O"))
                 or before == "in" and w in ("row", "line", "circle", "group", "pile")):
             continue
