@@ -72,9 +72,8 @@ WORDS = {
     "V": "threw got swung laid sat stood rode took wore flew ate drove ran swam went came saw gave wrote fell grew",
     "ys": """swing hit kick pull push cross wait walk run ride look watch stand pose play jump reach show talk pick use point cut cook race
         surf work rest drive catch lead display feature feed fall fly hide sleep move face stretch climb travel shine rise blow capture help
-        turn touch brush serve balance rear bite slide spin flip shake hug wash hunt lounge photograph strike lift practice dive start
-        finish return repair buck toss glance chase wipe grind tow bend leap cruise plow stroll sway clap shout wake cheer bounce pause
-        squat pedal""",
+        turn touch brush serve balance bite slide spin flip shake hug wash hunt lounge photograph strike lift practice dive start finish
+        return repair buck toss glance chase wipe grind tow bend leap cruise plow stroll sway clap shout wake cheer bounce pause squat pedal""",
     "yz": """roll smile stop drink ski skate skateboard paddle sail bat land pet sign train type light park board line cover spread plant
         wave trick stick taste kiss comb share load roast grill fry blend snowboard row fish nap pack pitch fight paint sport host place
         text shop dress trail state peel glow leave film slice mount tie groom burn bow camp drop post signal pile crowd bark""",
@@ -84,23 +83,22 @@ WORDS = {
     "i": """building clothing ceiling railing icing frosting topping string ring wing king wedding bedding awning crossing netting seating
         flooring plumbing lining earring pudding drawing painting writing lighting serving landing dressing covering opening setting
         stuffing filling offering carving marking meeting boxing lettering""",
-    "j": "orange square oval light giant plaid antique half adult male female",
+    "j": "rear orange square oval light giant plaid antique half adult male female",
     "S": "people men women children sheep cattle deer police geese mice feet teeth kids elk buffalo",
     "N": """stable vegetable table family belly jelly butterfly assembly bed shed sled seed speed owner cooler dryer forest locomotive
         handful material thing spring evening morning dwelling shelving ping lightning thanksgiving sting lily italy bully holly rally
         trolly weed opener moped reed cleaner baby body lady teddy sky party puppy tabby army buggy pony ivy daisy candy bunny kitty ferry
         cherry curry lobby balcony canopy husky dairy hobby family penny study copy property company fairy buddy daddy dinghy trophy gypsy
-        rental lens gas canvas christmas plastic
-        teenager stranger foreigner loner passerby""",
+        rental lens gas canvas christmas plastic teenager stranger foreigner loner passerby""",
     "D": "a an the this these those some any every each no another both all either neither",
     "R": """it they them he she him himself herself itself themselves i we us you me someone somebody something anyone everyone everything
         nothing others what eachother ones anybody everybody nobody they're""",
     "#": """two three four five six seven eight nine ten eleven twelve fifteen twenty hundred thousand thirteen fourteen thirty forty fifty""",
     "I": """in on at with into onto near under underneath beneath below above behind beside between among against along alongside across
         through throughout toward towards atop via without within during until upon past for amid thru beyond except than like""",
-    "A": """not away together apart outdoors indoors here now still already also ahead upright alone else how why
-        then just even downhill somewhere everywhere airborne too upward uphill instead downward sideways upwards downwards maybe
-        again ever never yet outward upstairs downstairs onstage n't don't doesn't didn't rather afar""",
+    "A": """not away together apart outdoors indoors here now still already also ahead upright alone else how why then just even downhill
+        somewhere everywhere airborne too upward uphill instead downward sideways upwards downwards maybe again ever never yet outward
+        upstairs downstairs onstage n't don't doesn't didn't rather afar""",
     "Q": "very so quite almost more most well pretty super less extra somewhat otherwise",
     "u": "to", "o": "one", "t": "that", "x": "there", "h": "her", "K": "and or & but nor", "P": "his their its my your our whose",
     "W": "which who whom", "O": "of from", "b": "back side", "r": "right left",
@@ -110,11 +108,12 @@ WORDS = {
 # -ing words that make a compound with the noun after them ("cutting board"), the first even where a verb may stand;
 # those that describe it ("smiling people"). Then the adjectives that belong to the noun: "hot dog" is the subject.
 ING_ALWAYS = set("living dining parking cutting shopping swimming baking vending roasting".split())
-ING_COMPOUND = ING_ALWAYS | set("""sitting riding playing walking waiting running skiing surfing drinking cooking reading feeding batting bathing hunting herding fishing gaming training racing sleeping frying mixing sewing loading""".split())
+ING_COMPOUND = ING_ALWAYS | set("""sitting riding playing walking waiting running skiing surfing drinking cooking reading feeding batting
+        bathing watering hunting herding fishing gaming training racing sleeping frying mixing sewing loading""".split())
 ING_STATE = set("sitting standing walking running hanging smiling moving matching oncoming flying towering".split())
 FIXED = {tuple((pair + s).split('-')) for s in ('', 's') for pair in """hot-dog stainless-steel big-ben french-fries flat-screen
         double-decker wet-suit half-pipe top-hat big-rig orange-juice orange-slice orange-peel high-chair high-heel third-base wild-flower
-        polar-bear smart-phone""".split()}
+        polar-bear rear-view light-switch light-pole light-post light-bulb light-fixture light-house smart-phone""".split()}
 # "a group of people" is one phrase whose subject is people; what a picture shows is a phrase and the picture is not;
 # times, events, manners and abstractions cannot be pointed at either; ball sports are things only in "a soccer ball".
 QUANTITY = set("""group couple pair bunch lot number herd flock row line pile stack set series variety assortment bundle collection crowd
@@ -125,8 +124,9 @@ NOT_THINGS = set("""day night time morning afternoon evening dusk dawn daytime y
         competition tournament contest event practice trip process action motion speed fun love style size color colour fashion position
         height air midair flight direction order need help conversation trick stunt jump ride nap break look distance weather progress
         unison stillness contrast life midst turn serve race talk tennis golf hockey badminton skiing type kind sort work business rest wait
-        haircut play volley consumption marathon ceremony lesson performance adventure attempt autumn backhand call celebration daylight discussion example excitement experience
-        feel journey moment movement noon rugby skateboarding snowboarding speech surfing tonight transit use variety visibility""".split())
+        haircut play volley consumption dozen marathon ceremony lesson performance adventure attempt autumn backhand call celebration
+        daylight discussion example excitement experience feel journey moment movement noon rugby skateboarding snowboarding speech surfing
+        tonight transit use variety visibility""".split())
 BALL_SPORTS = set("soccer baseball football basketball volleyball softball".split())
 # Words that place one thing by another: phrases only with an owner or a noun before them ("his back", "hill side");
 # adverbs when bare after a preposition ("on display"); acts when taken, made or had ("taking a swing").
@@ -237,7 +237,7 @@ def disambiguate(words, tags):
                 k = tags[i] = "V"                                 # a boy pedals his bike; as she bends; a bird perches on
             elif k == "N" and p == "S" and pp in "^#" and q in "IOpA" and w not in LEXICON:
                 k = tags[i] = "V"                                 # two wrestlers grapple on
-            elif k == "S" and prev in ("a", "an") and w[:-1] in MOVERS and (q in NOUNISH or q == "b"):
+            elif k == "S" and (prev in ("a", "an") and w[:-1] in MOVERS or w in ("mans", "womans", "childs")) and (q in NOUNISH or q == "b"):
                 k = tags[i] = "Y"                                 # a persons back
         elif k in UNDECIDED:
             noun_next, inside = q in NOUNISH, p in "DPJZ#M"
@@ -504,10 +504,10 @@ def draw(parsed):
             lines.append(line)
             continue
         t, left, right = parsed.tokens[i], [c for c in hanging[i] if c < i], [c for c in hanging[i] if c > i]
-        stack += [(c, below + "│  ", below + "├─ ", below + "│  ") for c in right[:-1]] + [(c, below + "│  ", below + "└─ ", below + "   ") for c in right[-1:]]
-        stack[len(stack) - len(right):] = stack[len(stack) - len(right):][::-1]
-        stack.append((-1, "", f"{line + t.text:<34} {t.tag:<6}{t.label}", ""))
-        stack += [(c, above + "│  ", above + "├─ ", above + "│  ") for c in left[:0:-1]] + [(c, above + "   ", above + "┌─ ", above + "│  ") for c in left[:1]]
+        rows = [(c, above + ("│  " if n else "   "), above + ("├─ " if n else "┌─ "), above + "│  ") for n, c in enumerate(left)]
+        rows += [(-1, "", f"{line + t.text:<34} {t.tag:<6}{t.label}", "")]
+        rows += [(c, below + "│  ", below + "├─ ", below + "│  ") for c in right[:-1]] + [(c, below + "│  ", below + "└─ ", below + "   ") for c in right[-1:]]
+        stack += reversed(rows)
     return "\n".join(lines) + "\n"
 
 # ------------------------------------------------------------------------------- files, and how good and how fast
