@@ -89,7 +89,7 @@ WORDS = {
         handful material thing spring evening morning dwelling shelving ping lightning thanksgiving sting lily italy bully holly rally
         trolly weed opener moped reed cleaner baby body lady teddy sky party puppy tabby army buggy pony ivy daisy candy bunny kitty ferry
         cherry curry lobby balcony canopy husky dairy hobby family penny study copy property company fairy buddy daddy dinghy trophy gypsy
-        rental lens gas canvas christmas plastic teenager stranger foreigner loner passerby""",
+        rental lens gas canvas christmas plastic teenager stranger foreigner loner passerby priest""",
     "D": "a an the this these those some any every each no another both all either neither",
     "R": """it they them he she him himself herself itself themselves i we us you me someone somebody something anyone everyone everything
         nothing others what eachother ones anybody everybody nobody they're""",
@@ -113,13 +113,13 @@ ING_COMPOUND = ING_ALWAYS | set("""sitting riding playing walking waiting runnin
 ING_STATE = set("sitting standing walking running hanging smiling moving matching oncoming flying towering".split())
 FIXED = {tuple((pair + s).split('-')) for s in ('', 's') for pair in """hot-dog stainless-steel big-ben french-fries flat-screen
         double-decker wet-suit half-pipe top-hat big-rig orange-juice orange-slice orange-peel high-chair high-heel third-base wild-flower
-        polar-bear rear-view light-switch light-pole light-post light-bulb light-fixture light-house smart-phone""".split()}
+        polar-bear close-up rear-view light-switch light-pole light-post light-bulb light-fixture light-house smart-phone""".split()}
 # "a group of people" is one phrase whose subject is people; what a picture shows is a phrase and the picture is not;
 # times, events, manners and abstractions cannot be pointed at either; ball sports are things only in "a soccer ball".
 QUANTITY = set("""group couple pair bunch lot number herd flock row line pile stack set series variety assortment bundle collection crowd
         piece slice bit part kind type sort portion serving half dozen array pack patch amount trio team bite section selection swirl halves
         bunches batch chunk cluster gang handful hundred load mix multitude patches plenty string strip thousand ton varieties""".split())
-PICTURES = set("picture photo photograph image view up closeup close-up shot selfie snapshot portrait footage".split())
+PICTURES = set("picture photo photograph image view up close closeup close-up shot selfie snapshot portrait footage".split())
 NOT_THINGS = set("""day night time morning afternoon evening dusk dawn daytime year hour season today summer winter game match matches
         competition tournament contest event practice trip process action motion speed fun love style size color colour fashion position
         height air midair flight direction order need help conversation trick stunt jump ride nap break look distance weather progress
@@ -155,7 +155,7 @@ for tags, words in WORDS.items():
 SUFFIXES = [(re.compile(pattern), tag) for pattern, tag in (      # for other words; the first match wins
     (r"['’]s$", "m"), (r"[\d.,/:]*\d[\d.,/:]*(?:st|nd|rd|th|s)?$", "#"), (r".+(?:ing|in')$", "g"), (r".{2,}ed$", "e"),
     (r".{2,}ly$", "Q"),
-    (r".*(?:[aeou]y|[ei]ty|[aeou]ry|[snlue]try|lry|ndry|phy|[lor]gy|cy|berry)$", "N"), (r".{2,}y$|.{2,}mental$", "J"),
+    (r".*(?:[aeou]y|[ei]ty|[aeou]ry|[snlue]try|lry|ndry|phy|[lor]gy|cy|berry)$", "N"), (r".{2,}(?:y|iest|mental)$", "J"),
     (r".{2,}(?:(?<!t)ous|less|ful|ular|ial|onal|ical|[st]ive|[aeiou]ble|[wh]ern|[seoa]tic)$", "J"),
     (r".+(?:ss|us|is)$", "N"), (r".+s$", "S"), (r"[^\W_]", "N"), (r",", ","))]
 DEGREES = ("(er|est)$", ""), ("(?<=e)(r|st)$", ""), (r"(.)\1(er|est)$", r"\1"), ("i(er|est)$", "y")   # bigger, tidiest
@@ -257,7 +257,8 @@ def disambiguate(words, tags):
             elif k == "y":                                        # to ride; people ride; a man and a woman ride
                 led = p in "WRHXT" or p in "K," and pp in "VAGE"
                 plural = p in "SB" and (noun_next or q in OPENS)
-                far = p == "N" and (q in "DPIOphA" or noun_next and pp in "K") and ("S" in tags[:4] or "K" in tags[max(0, i - 4):i]) and not (
+                many = "S" in tags[:4] or "K" in tags[max(0, i - 4):i]
+                far = p == "N" and (q in "DPIOphA" or noun_next and pp == "K") and many and not (
                     set("VGEB") & set(tags[max(0, i - 6):i])) and LEXICON.get(w + "s") == "s"
                 k = "V" if led or plural or far else "N"
             elif k == "j": k = "J" if noun_next and q not in "Vsg" and p != "N" or q in "K," and q2 == "J" else "N"
@@ -265,7 +266,9 @@ def disambiguate(words, tags):
             elif k == "V": k = "N" if inside and q not in "DPh" else "V"
             elif k == "d": k = "H" if q == "B" or q == "e" and q2 not in NOUNISH else "V"
             elif k == "s": k = "S" if p in "DZ#IOM" or p in "PJU^" and q not in "DPh" else "V"
-            elif k == "z": k = "V" if p == "R" or p == "N" and (prev in MOVERS or q not in ".,K" and singular(words, tags, i)) and q in "DPIOpAuL.,K" else "S"
+            elif k == "z":                                        # a flag waves in; street lights in
+                led = p == "N" and (prev in MOVERS or q not in ".,K" and singular(words, tags, i))
+                k = "V" if p == "R" or led and q in "DPIOpAuL.,K" else "S"
             elif k == "i": k = "G" if p in "SBRV" or p == "N" and (prev in MOVERS or q in "DPh") else "N"
             elif k == "p" and w == "about" and after == "to": k = "J"
             elif k == "p": k = "I" if q in "DPhRo#NSJjyszieUtb" and not (p in "VGE" and PARTICLE.match(f"{prev} {w}")) else "A"
@@ -314,6 +317,8 @@ def attach(words, tags):
                 owner = j - 1
             elif c == "k":                                        # red, white and blue: white and blue hang on red
                 head[j], label[j] = adjective, "punct" if words[j] == "," else "cc"
+                if words[j] == "," and code[j + 1] != "k" and adjective != first:
+                    continue                                      # a large, brown dog: both hang on dog
                 chain, first = chain * (adjective == first) + [adjective], j - 1
                 for t in chain:
                     head[t], label[t] = first, "conj"
@@ -336,11 +341,12 @@ def join(words, code, ends, head, label):
         k, be, h, relation = code[x], aux >= 0 and code[aux] == "B", -2, ""
         if x in ends or k in "DPR#NSU" or k == "W" and noun < 0 or k in "JZ" and cases and aux < 0:
             x, k = ends.get(x, x), "n"                            # a noun phrase, or a word used as one ("in red")
-        elif k == "A" and code[x + 1:x + 2] == "O" and not (verb >= 0 and PARTICLE.match(f"{words[verb]} {words[x]}")) or k == "B" and code[x - 1:x] == "X":
+        particle = k == "A" and verb >= 0 and PARTICLE.match(f"{words[verb]} {words[x]}")
+        if k == "A" and code[x + 1:x + 2] == "O" and not particle or k == "B" and code[x - 1:x] == "X":
             k = k.lower()                                         # next to, there is: predicates
         if k in WAITS:
             label[x] = WAITS[k]
-            if k == "A" and verb >= 0 and PARTICLE.match(f"{words[verb]} {words[x]}"):
+            if particle:
                 head[x], label[x] = verb, "compound:prt"
             elif k in "AQ" and verb > noun:
                 head[x] = verb
@@ -351,13 +357,16 @@ def join(words, code, ends, head, label):
             mark = x if k in "TL" and mark < 0 else mark
             continue
         if k == "W":                                              # who: hangs on its noun until a verb comes
-            rel, h, relation = x if subject < 0 else rel, noun, "nsubj"
+            person = words[x] == "who" and words[noun] not in MOVERS and head[noun] >= 0 and words[head[noun]] in MOVERS
+            rel, h, relation = x if subject < 0 else rel, head[noun] if person else noun, "nsubj"
         elif k == "n" and not be:                                 # ---- a noun phrase that is no predicate
             if cases:
                 place = words[cases[0]]
                 near = noun > verb and (verb < 0 or noun == subject or place == "of" or words[x] in ("it", "them", "him")
                                         or place == "with" and words[x] not in TOOLS)
                 h, relation = (noun, "nmod") if near else (verb, "obl")
+                if near and place != "of" and label[noun] == "nmod" and words[head[noun]] in QUANTITY:
+                    h = head[noun]                                # a slice of pizza | on a plate
             elif cc >= 0 and words[cc] == "," and root < 0 <= verb:          # while he rides, a dog | runs
                 root, head[cc] = x, verb
             elif cc >= 0 and noun >= 0:
@@ -443,8 +452,9 @@ def read_phrases(caption, spans, words, tags, label, ends):
             begin = first
             continue
         picture = w in PICTURES and (before in TAKING or after not in ("on", "hanging", "hung", "above"))
-        if (tags[h] == "R" or picture or w in NOT_THINGS or w == "corner" and after == "of"
-                or w in ACTS and before in TAKING or before in ("says", "saying") and tags[start] != "D" or w in LOCATIONS and s == h and not {"P", "M", "Y"} & set(tags[start:h])
+        owned, quoted = {"P", "M", "Y"} & set(tags[start:h]), before in ("says", "saying") and tags[start] != "D"
+        if (tags[h] == "R" or picture or quoted or w in NOT_THINGS or w == "corner" and after == "of" or w in ACTS and before in TAKING
+                or w in LOCATIONS and s == h and not owned
                 or h == start and (w in BALL_SPORTS or w in BARE and LEXICON.get(before) in ("I", "O"))
                 or before == "in" and w in ("row", "line", "circle", "group", "pile")):
             continue
