@@ -44,7 +44,7 @@ class Model(http.server.BaseHTTPRequestHandler):
             content = json.dumps([{"text": "a fire-breathing dragon", "subject": "dragon"}])
         body = json.dumps({"choices": [{"message": {"content": f"Here you are:\n```json\n{content}\n```"}}]}).encode()
         if "slow" in caption and first:
-            time.sleep(1.5)
+            time.sleep(8)
         if "always" in caption or "busy" in caption and first:
             return self.send_error(500)
         if "broken" in caption and first:
@@ -79,7 +79,7 @@ def subjects(rows):
 
 def test_a_server_that_misbehaves(server, tmp_path):
     (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS + ["", CAPTIONS[0]]) + "\n")
-    command = "--llm", server.url, "--model", "vicuna", "--timeout", "1", "captions.txt"
+    command = "--llm", server.url, "--model", "vicuna", "--timeout", "5", "captions.txt"
     done = typed(*command, cwd=tmp_path)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0 and [row["caption"] for row in rows] == CAPTIONS + ["", CAPTIONS[0]]
