@@ -653,7 +653,7 @@ def parse_by_llm(captions, url, model, name, workers=16, seconds=60):
         answer = answers.get(caption)
         try:
             phrases, by = locate(caption, json.loads(answer[answer.index("["):answer.rindex("]") + 1])) if answer else None, "llm"
-        except (ValueError, RecursionError):
+        except (ValueError, TypeError, RecursionError):
             phrases = None
         if phrases is None:
             phrases, by = parse(caption).phrases, "rules"

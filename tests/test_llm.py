@@ -41,7 +41,8 @@ class Model(http.server.BaseHTTPRequestHandler):
         if "prose" in caption:
             content = "Sure! There is a dog, and it looks happy."
         if "invented" in caption:
-            content = json.dumps([{"text": "a fire-breathing dragon", "subject": "dragon"}])
+            content = json.dumps([{"text": "a fire-breathing dragon", "subject": "dragon"} if "red" in caption else
+                                  {"text": "a blue dog", "subject": "dog", "span": None}])
         body = json.dumps({"choices": [{"message": {"content": f"Here you are:\n```json\n{content}\n```"}}]}).encode()
         if "slow" in caption and first:
             time.sleep(8)
