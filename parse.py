@@ -42,25 +42,26 @@ UPOS = dict(D="DET", P="PRON", J="ADJ", N="NOUN", S="NOUN", U="NOUN", R="PRON", 
 # Tag -> words; a second letter: the tag of the verb's -s form. ys, yz: nouns too, the -s form mostly a verb (rides), a
 # noun (lights); e: participles; i: things in -ing; j: adjectives before a noun, else nouns; N: the suffix rules err.
 WORDS = {
-    "J": """large big small little huge tall short long wide narrow high low deep shallow thick thin fat round flat straight curved curly
-        old young new elderly ancient modern contemporary vintage fresh ripe hot cold warm cool wet clean full open close dark bright dim
-        clear icy hilly steep smooth rough sharp hard soft bald loose tight plain simple fancy ornate elegant cute nice great good bad best
-        strange odd unusual unique different similar same other own several few multiple single only whole sad tired calm quiet lone wild
-        rural urban public electric electronic digital mobile wooden metallic golden dead live naked barefoot pregnant blonde blond asian
-        african american chinese japanese european mexican english formal military historic floral outdoor indoor upper lower inner outer
-        front top bottom middle center opposite adjacent far upside bare lush strong fast slow fake real natural homemade jumbo tan pale
-        neon striped beige maroon turquoise lavender gold silver red green blue yellow purple pink brown black white gray grey cyan teal
-        magenta first second third last next asleep teenage human mini raw neat rustic unmade bronze copper wicker gourmet scenic scary
-        retro twin minor major gigantic slim classic unripe rotten damp closed overcast dull woolly elaborate handsome ugly better poor rich
-        fine silly triple dual main entire complete multi-colored multicolored excited loud solemn lonely solitary stray domestic exotic
-        suburban private local foreign automatic manual woolen rundown dilapidated sweet spicy juicy sick nude brunette italian british
-        french german indian russian canadian roman swiss dutch irish spanish egyptian arabic casual stylish naval gothic medieval victorian
-        patriotic artistic panoramic distant upside-down parallel dense barren vast cramped cluttered fragile quick able handmade normal
-        rare favorite important assorted miniature oversized medium transparent vibrant pastel pinkish reddish checkered spotted violet
-        khaki scarlet crimson aqua indigo bored gross decadent ceramic unopened unfinished unused fourth fifth final future current early
-        late such unattended handicapped handicap shorn weathered awake separate grand upscale compact sparse scattered wooded forested
-        chilly crisp slippery bubbly serene crowded inverted stationary minimal basic central eastern western junior senior middle-aged
-        feathery smiley googly snow-covered metropolitan alpine mixed dreary calico quaint tender complex idle amber""",
+    "J": """hispanic caucasian arab latin australian brazilian korean vietnamese thai greek turkish scottish nearest protective large big
+        small little huge tall short long wide narrow high low deep shallow thick thin fat round flat straight curved curly old young new
+        elderly ancient modern contemporary vintage fresh ripe hot cold warm cool wet clean full open close dark bright dim clear icy hilly
+        steep smooth rough sharp hard soft bald loose tight plain simple fancy ornate elegant cute nice great good bad best strange odd
+        unusual unique different similar same other own several few multiple single only whole sad tired calm quiet lone wild rural urban
+        public electric electronic digital mobile wooden metallic golden dead live naked barefoot pregnant blonde blond asian african
+        american chinese japanese european mexican english formal military historic floral outdoor indoor upper lower inner outer front top
+        bottom middle center opposite adjacent far upside bare lush strong fast slow fake real natural homemade jumbo tan pale neon striped
+        beige maroon turquoise lavender gold silver red green blue yellow purple pink brown black white gray grey cyan teal magenta first
+        second third last next asleep teenage human mini raw neat rustic unmade bronze copper wicker gourmet scenic scary retro twin minor
+        major gigantic slim classic unripe rotten damp closed overcast dull woolly elaborate handsome ugly better poor rich fine silly
+        triple dual main entire complete multi-colored multicolored excited loud solemn lonely solitary stray domestic exotic suburban
+        private local foreign automatic manual woolen rundown dilapidated sweet spicy juicy sick nude brunette italian british french german
+        indian russian canadian roman swiss dutch irish spanish egyptian arabic casual stylish naval gothic medieval victorian patriotic
+        artistic panoramic distant upside-down parallel dense barren vast cramped cluttered fragile quick able handmade normal rare favorite
+        important assorted miniature oversized medium transparent vibrant pastel pinkish reddish checkered spotted violet khaki scarlet
+        crimson aqua indigo bored gross decadent ceramic unopened unfinished unused fourth fifth final future current early late such
+        unattended handicapped handicap shorn weathered awake separate grand upscale compact sparse scattered wooded forested chilly crisp
+        slippery bubbly serene crowded inverted stationary minimal basic central eastern western junior senior middle-aged feathery smiley
+        googly snow-covered metropolitan alpine mixed dreary calico quaint tender complex idle amber""",
     "VV": """sit eat wear hold carry graze lean hang throw lay lie make take give get go come see prepare contain include appear seem
         perform enjoy read let speak kneel stare peek enter pass put say know want try sell swim float herd grab gather glide laugh chop
         greet relax keep bring attempt approach overlook await sniff lick chew munch write ask listen hear crouch gaze peer dig fill sing
@@ -68,7 +69,9 @@ WORDS = {
         descend depict resemble adorn surround decorate consist follow raise drag poke sip pour stir mix bake add remove extend melt skid
         rub scratch sweep shave receive deliver unload fix build create draw carve attach connect arrive depart boil dribble steer pedal
         wade trot gallop drape don shear bathe scoop guide describe love gain accept select emerge yawn beg knit sew begin browse allow
-        indicate chat dine reflect portray drill march scale""",
+        indicate chat dine reflect portray drill march scale stay juggle jog grapple frolic sprint tackle wrestle hike crawl scream yell
+        whisper clutch assemble sculpt weld shovel mow sew pluck strum recite argue discuss dodge scramble tumble flee vault recline squeeze
+        inflate converse socialize cuddle snuggle huddle navigate maneuver knead""",
     "V": "threw got swung laid sat stood rode took wore flew ate drove ran swam went came saw gave wrote fell grew",
     "ys": """swing hit kick pull push cross wait walk run ride look watch stand pose play jump reach show talk pick use point cut cook race
         surf work rest drive catch lead display feature feed fall fly hide sleep move face stretch climb travel shine rise blow capture help
@@ -76,7 +79,8 @@ WORDS = {
         return repair buck toss glance chase wipe grind tow bend leap cruise plow stroll sway clap shout wake cheer bounce pause squat pedal""",
     "yz": """roll smile stop drink ski skate skateboard paddle sail bat land pet sign train type light park board line cover spread plant
         wave trick stick taste kiss comb share load roast grill fry blend snowboard row fish nap pack pitch fight paint sport host place
-        text shop dress trail state peel glow leave film slice mount tie groom burn bow camp drop post signal pile crowd bark""",
+        text shop dress trail state peel glow leave film slice mount tie groom burn bow camp drop post signal pile crowd bark wrap trim
+        spray hammer sketch scrub gesture""",
     "e": """worn eaten seen taken drawn made shown held hung ridden flown thrown caught kept lit built broken bent set written torn grown
         blown frozen fallen led fed split stuck strung woven cut put done gone lost laid laden clad drunk driven sold hidden bitten
         overgrown dug shut bought""",
@@ -89,7 +93,8 @@ WORDS = {
         handful material thing spring evening morning dwelling shelving ping lightning thanksgiving sting lily italy bully holly rally
         trolly weed opener moped reed cleaner baby body lady teddy sky party puppy tabby army buggy pony ivy daisy candy bunny kitty ferry
         cherry curry lobby balcony canopy husky dairy hobby family penny study copy property company fairy buddy daddy dinghy trophy gypsy
-        rental lens gas canvas christmas plastic teenager stranger foreigner loner passerby priest""",
+        rental lens gas canvas christmas plastic teenager stranger foreigner loner passerby passersby priest novelty plenty gravy rugby
+        beauty mummy poverty dummy ceremony doggy patty potty""",
     "D": "a an the this these those some any every each no another both all either neither",
     "R": """it they them he she him himself herself itself themselves i we us you me someone somebody something anyone everyone everything
         nothing others what eachother ones anybody everybody nobody they're""",
@@ -104,12 +109,13 @@ WORDS = {
     "W": "which who whom", "O": "of from", "b": "back side", "r": "right left",
     "L": "while as when where because if since though although whether", "H": "will would could should might must may cannot can't",
     "B": "is are was were be been being am isn't aren't", "d": "has have had having do does did", "n": "can",
-    "p": "up down off out over around by about inside outside aboard", "f": "after before", "w": "nearby backwards backward forward overhead underwater"}
+    "p": "up down off out over around by about inside outside aboard", "f": "after before",
+    "w": "nearby backwards backward forward overhead underwater"}
 # -ing words that make a compound with the noun after them ("cutting board"), the first even where a verb may stand;
 # those that describe it ("smiling people"). Then the adjectives that belong to the noun: "hot dog" is the subject.
 ING_ALWAYS = set("living dining parking cutting shopping swimming baking vending roasting".split())
 ING_COMPOUND = ING_ALWAYS | set("""sitting riding playing walking waiting running skiing surfing drinking cooking reading feeding batting
-        bathing watering hunting herding fishing gaming training racing sleeping frying mixing sewing loading""".split())
+        bathing folding operating ironing watering hunting herding fishing gaming training racing sleeping frying mixing sewing loading""".split())
 ING_STATE = set("sitting standing walking running hanging smiling moving matching oncoming flying towering".split())
 FIXED = {tuple((pair + s).split('-')) for s in ('', 's') for pair in """hot-dog stainless-steel big-ben french-fries flat-screen
         double-decker wet-suit half-pipe top-hat big-rig orange-juice orange-slice orange-peel high-chair high-heel third-base wild-flower
@@ -124,7 +130,7 @@ NOT_THINGS = set("""day night time morning afternoon evening dusk dawn daytime y
         competition tournament contest event practice trip process action motion speed fun love style size color colour fashion position
         height air midair flight direction order need help conversation trick stunt jump ride nap break look distance weather progress
         unison stillness contrast life midst turn serve race talk tennis golf hockey badminton skiing type kind sort work business rest wait
-        haircut play volley consumption dozen marathon ceremony lesson performance adventure attempt autumn backhand call celebration
+        haircut play volley consumption ages dozen marathon ceremony lesson performance adventure attempt autumn backhand call celebration
         daylight discussion example excitement experience feel journey moment movement noon rugby skateboarding snowboarding speech surfing
         tonight transit use variety visibility""".split())
 BALL_SPORTS = set("soccer baseball football basketball volleyball softball".split())
@@ -139,6 +145,8 @@ TAKING = set("take takes taking make makes making has get do does doing getting 
 MOVERS = set("""man men woman women boy girl child children person people guy lady player surfer skier skateboarder dog cat bird horse cow
         sheep elephant giraffe zebra couple group team train bus truck plane boat airplane kid baby toddler batter catcher pitcher skater
         biker cyclist runner rider driver worker chef snowboarder swimmer kitten puppy bear monkey duck goat officer""".split())
+PEOPLE = set("man woman boy girl child person guy lady player surfer skier skateboarder dog cat toddler batter pitcher skater rider".split())
+MANY = QUANTITY | {"few", "several", "many"}                     # "a few street signs": here a plural is no verb
 # "picks up a box": the particle belongs to the verb; "tries to", "starts": what follows completes it; "gives a boy a ball".
 PARTICLE = re.compile(r"(?:pick|tak|took|wak|wok|hold|held|lift|put|cut|set|stick|stuck|blow|throw|fill|get|roll|fold|turn|pull|try)"
                       r"[a-z]* (?:up|off|out|down|away)$")
@@ -217,8 +225,8 @@ def singular(words, tags, i):
     j = i - 1
     while j > 0 and (tags[j] in "NJZUQ" or tags[j] in ",K" and tags[j + 1] in "JZK") and i - j < 9:
         j -= 1
-    one = ("a", "an", "one", "another", "each", "every")
-    return words[j] in one and words[i - 1] not in QUANTITY or words[j] == "the" and words[i - 1] in MOVERS and words[i][:-1] not in NOT_THINGS
+    one = words[j] in ("a", "an", "one", "another", "each", "every") and not MANY.intersection(words[j:i])
+    return (one or words[j] == "the" and words[i - 1] in PEOPLE) and words[i][-1:] == "s" and (words[i - 1], words[i]) not in FIXED
 
 def disambiguate(words, tags):
     """Decide every small tag letter, left to right, from its neighbours: lists in, a list of capitals out. Linear.
@@ -232,8 +240,9 @@ def disambiguate(words, tags):
             tags[i + 1] = "A"
         q, q2 = tags[i + 1], tags[i + 2]
         if k in "NS":
-            if (q in "DPh#" and (p in ("ST" if k == "N" else "N") or k == "S" and p == "K" and "V" in tags[max(0, i - 9):i])
-                    or k == "S" and (p == "R" or p == "N" and (q in OPENS or q in "#J") and singular(words, tags, i))):
+            if (q in "DPh#" and (p in ("ST" if k == "N" else "NQ") or k == "S" and p == "K" and "V" in tags[max(0, i - 9):i])
+                    or k == "S" and (p == "R" or p == "N" and singular(words, tags, i) and (
+                        q in OPENS or q in "#J" or q == "g" and w[-3:] != "ers"))):
                 k = tags[i] = "V"                                 # a boy pedals his bike; as she bends; a bird perches on
             elif k == "N" and p == "S" and pp in "^#" and q in "IOpA" and w not in LEXICON:
                 k = tags[i] = "V"                                 # two wrestlers grapple on
@@ -250,7 +259,8 @@ def disambiguate(words, tags):
                 k = "U"                                           # a cutting board
             elif k == "g":                                        # a smiling man; of running water; the landing
                 state = w in ING_STATE and p in "^IOK,VG" and q != "V" or prev in ("of", "with") and q not in "VgJ"
-                k = "Z" if noun_next and (inside or p == "Q" or state) else "N" if p in "DPM" else "G"
+                every = prev in ("all", "both")                   # people, all wearing hats
+                k = "Z" if noun_next and (inside and not every or p == "Q" or state) else "N" if p in "DPM" and not every else "G"
             elif k == "e":                                        # a parked car; a snow covered slope; a set
                 before = inside or p in "Q^IOK,VGN"
                 k = "Z" if before and noun_next and q != "V" else "N" if p in "DP" and prev != "all" else "E"
@@ -258,7 +268,7 @@ def disambiguate(words, tags):
                 led = p in "WRHXT" or p in "K," and pp in "VAGE"
                 plural = p in "SB" and (noun_next or q in OPENS)
                 many = "S" in tags[:4] or "K" in tags[max(0, i - 4):i]
-                far = p == "N" and (q in "DPIOphA" or noun_next and pp == "K") and many and not (
+                far = p in "N," and (q in "DPIOphA" or noun_next and pp == "K") and many and not (
                     set("VGEB") & set(tags[max(0, i - 6):i])) and LEXICON.get(w + "s") == "s"
                 k = "V" if led or plural or far else "N"
             elif k == "j": k = "J" if noun_next and q not in "Vsg" and p != "N" or q in "K," and q2 == "J" else "N"
@@ -268,7 +278,7 @@ def disambiguate(words, tags):
             elif k == "s": k = "S" if p in "DZ#IOM" or p in "PJU^" and q not in "DPh" else "V"
             elif k == "z":                                        # a flag waves in; street lights in
                 led = p == "N" and (prev in MOVERS or q not in ".,K" and singular(words, tags, i))
-                k = "V" if p == "R" or led and q in "DPIOpAuL.,K" else "S"
+                k = "V" if p == "R" or led and q in "DPIOpAuL.,KNSJ#" or p in "NQ" and q in "DP" else "S"
             elif k == "i": k = "G" if p in "SBRV" or p == "N" and (prev in MOVERS or q in "DPh") else "N"
             elif k == "p" and w == "about" and after == "to": k = "J"
             elif k == "p": k = "I" if q in "DPhRo#NSJjyszieUtb" and not (p in "VGE" and PARTICLE.match(f"{prev} {w}")) else "A"
@@ -281,6 +291,7 @@ def disambiguate(words, tags):
             elif k == "t": k = "W" if p in "NSRJ" else "D" if q in "NSJjy" else "L"
             elif k == "r": k = "J" if noun_next or q == "b" else "N" if p in "DIOPJ" else "A"
             elif w == "side": k = "A" if p in "NS" and after == "by" else "N"
+            elif k == "b" and after in MOVERS: k = "J"
             elif k == "b": k = "N" if p in "DPJIOMY" or noun_next else "A"
             elif k == "n": k = "H" if q in "VByA" and p in "NSRX" else "N"
             else: k = "M" if p in "NSR" and (noun_next and q != "g" or q in "rb") else "B"
@@ -453,12 +464,13 @@ def read_phrases(caption, spans, words, tags, label, ends):
             continue
         picture = w in PICTURES and (before in TAKING or after not in ("on", "hanging", "hung", "above"))
         owned, quoted = {"P", "M", "Y"} & set(tags[start:h]), before in ("says", "saying") and tags[start] != "D"
-        if (tags[h] == "R" or picture or quoted or w in NOT_THINGS or w == "corner" and after == "of" or w in ACTS and before in TAKING
+        manner = h == start and tags[start - 1] == "B" and after in ("skating", "boarding", "surfing", "skiing", "sailing")
+        if (tags[h] == "R" or picture or quoted or manner or w in NOT_THINGS or w == "corner" and after == "of" or w in ACTS and before in TAKING
                 or w in LOCATIONS and s == h and not owned
                 or h == start and (w in BALL_SPORTS or w in BARE and LEXICON.get(before) in ("I", "O"))
                 or before == "in" and w in ("row", "line", "circle", "group", "pile")):
             continue
-        a, b, s = spans[first][0], spans[h][1], spans[s][0]
+        a, b, s = spans[first + (words[first] == "whose")][0], spans[h][1], spans[s][0]
         phrases.append(Phrase(caption[a:b], (a, b), caption[s:b], (s, b)))
     return phrases
 
@@ -516,7 +528,8 @@ def draw(parsed):
         t, left, right = parsed.tokens[i], [c for c in hanging[i] if c < i], [c for c in hanging[i] if c > i]
         rows = [(c, above + ("│  " if n else "   "), above + ("├─ " if n else "┌─ "), above + "│  ") for n, c in enumerate(left)]
         rows += [(-1, "", f"{line + t.text:<34} {t.tag:<6}{t.label}", "")]
-        rows += [(c, below + "│  ", below + "├─ ", below + "│  ") for c in right[:-1]] + [(c, below + "│  ", below + "└─ ", below + "   ") for c in right[-1:]]
+        rows += [(c, below + "│  ", below + "├─ ", below + "│  ") for c in right[:-1]]
+        rows += [(c, below + "│  ", below + "└─ ", below + "   ") for c in right[-1:]]
         stack += reversed(rows)
     return "\n".join(lines) + "\n"
 
@@ -624,7 +637,8 @@ def ask(url, model, caption, seconds):
                 return str(json.load(reply)["choices"][0]["message"]["content"])
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as e:   # no answer, or half of one
             reason = getattr(e, "reason", None)
-            if 400 <= getattr(e, "code", 0) < 500 and e.code not in (408, 429) or not wait and isinstance(reason, (ConnectionRefusedError, socket.gaierror)):
+            absent = not wait and isinstance(reason, (ConnectionRefusedError, socket.gaierror))
+            if absent or 400 <= getattr(e, "code", 0) < 500 and e.code not in (408, 429):
                 raise ValueError(f"{url} as {model}: {e}; answers so far are kept: the same command goes on from there")
         time.sleep(wait)
 

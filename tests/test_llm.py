@@ -1,7 +1,6 @@
 """A language model's parses: `python parse.py --llm` against a server that misbehaves, files of parses, --score."""
 import http.server
 import json
-import os
 import subprocess
 import sys
 import threading
