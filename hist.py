@@ -364,7 +364,7 @@ def phrases_of(caption):
 def read_given(path):
     """{caption: [(phrase, subject), …]} of a file of parses; UserError where it is no such file."""
     try:
-        return {caption: [(p.text, p.subject) for p in phrases] for caption, phrases in parser.read_parses(path).items()}
+        return {caption.strip(): [(p.text, p.subject) for p in phrases] for caption, phrases in parser.read_parses(path).items()}
     except ValueError as e:
         raise UserError(str(e))
 
@@ -401,9 +401,9 @@ class Samples(Dataset):
         self.records, self.vocabulary, self.o = records, vocabulary, o
         if not isinstance(records, Scenes):                    # each caption is parsed once
             given = read_given(o.parses) if o.parses else {}
-            self.parses = [[given[c] if c in given else phrases_of(c) for c in r["captions"]] for r in tqdm(records, desc="parsing", unit="img")]
+            self.parses = [[given[c.strip()] if c.strip() in given else phrases_of(c) for c in r["captions"]] for r in tqdm(records, desc="parsing", unit="img")]
             if o.parses:
-                captions = [c in given for r in records for c in r["captions"]]
+                captions = [c.strip() in given for r in records for c in r["captions"]]
                 print(f"{o.parses}: parses of {sum(captions)} of {len(captions)} captions; the rest by the rules")
 
     def __getitem__(self, position):

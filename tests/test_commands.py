@@ -164,7 +164,7 @@ def test_own_images(own):
 
 
 def test_parses_of_another_parser_are_trained_on(own, capsys):
-    parses = [{"caption": f"a cat and dog number {i}", "phrases": [{"text": "cat and dog", "subject": "cat and dog"}]} for i in range(8)]
+    parses = [{"caption": f"a cat and dog number {i}" + " " * (i % 2), "phrases": [{"text": "cat and dog", "subject": "cat and dog"}]} for i in range(8)]
     Path("parses.jsonl").write_text("".join(json.dumps(p) + "\n" for p in parses))
     o = hist.settle(hist.command_line(["--data", "my.jsonl", "--parses", "parses.jsonl", *TINY, *SMALL_VIT]))
     records, _ = hist.load_data(o)
