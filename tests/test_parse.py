@@ -112,13 +112,17 @@ def test_phrases_and_subjects(line):
     assert marked(caption, P.parse(caption).phrases) == line
 
 
-@pytest.mark.parametrize("style, floor", [("visual_genome", .95), ("flickr30k", .85), ("refcoco", .95)])
+@pytest.mark.parametrize("style, floor", [("visual_genome", .95), ("flickr30k", .85), ("refcoco", .95), ("visual_genome_heldout", .9),
+                                          ("flickr30k_heldout", .8), ("refcoco_heldout", .9)])
 def test_other_styles(style, floor):
-    """Written and marked by hand before the parser was run on them: region descriptions, long captions, referring expressions."""
+    """Region descriptions, long captions and referring expressions, written and marked by hand before the parser was run on them.
+
+    The parser was tuned on the errors of the first three files; the rules have not been changed for those of the last three.
+    """
     lines = (ROOT / f"tests/{style}.txt").read_text(encoding="utf-8").splitlines()
     plain = [line.replace("[", "").replace("]", "").replace("|", "") for line in lines]
     wrong = [line for line, caption in zip(lines, plain) if marked(caption, P.parse(caption).phrases) != line]
-    assert len(lines) >= 100 and len(wrong) <= len(lines) * (1 - floor), "\n".join(wrong)
+    assert len(lines) >= 80 and len(wrong) <= len(lines) * (1 - floor), "\n".join(wrong)
 
 
 def test_every_drawn_scene_is_parsed():
