@@ -401,10 +401,11 @@ class Samples(Dataset):
         self.records, self.vocabulary, self.o = records, vocabulary, o
         if not isinstance(records, Scenes):                    # each caption is parsed once
             given = read_given(o.parses) if o.parses else {}
-            self.parses = [[given[c.strip()] if c.strip() in given else phrases_of(c) for c in r["captions"]] for r in tqdm(records, desc="parsing", unit="img")]
+            captions = [[c.strip() for c in r["captions"]] for r in records]
+            self.parses = [[given[c] if c in given else phrases_of(c) for c in row] for row in tqdm(captions, desc="parsing", unit="img")]
             if o.parses:
-                captions = [c.strip() in given for r in records for c in r["captions"]]
-                print(f"{o.parses}: parses of {sum(captions)} of {len(captions)} captions; the rest by the rules")
+                known = [c in given for row in captions for c in row]
+                print(f"{o.parses}: parses of {sum(known)} of {len(known)} captions; the rest by the rules")
 
     def __getitem__(self, position):
         epoch, i = divmod(position, len(self.records))

@@ -558,10 +558,11 @@ def locate(caption, answer):
             continue
         text, subject = (r"(?<!\w)" + r"\s+".join(map(re.escape, row[k].split())) + r"(?!\w)" for k in ("text", "subject"))
         free = (m for m in re.finditer(text, caption, re.I) if all(m.end() <= p.span[0] or p.span[1] <= m.start() for p in found))
-        inner = [(m, *n.span()) for m in [*free][:1] for n in re.finditer(subject, m.group(), re.I)]
+        m = next(free, None)
+        inner = [n.span() for n in re.finditer(subject, m.group(), re.I)] if m else []
         if not inner:
             raise ValueError(f"{row['text']!r} with the subject {row['subject']!r} is not in {caption!r}")
-        m, s, e = inner[-1]
+        s, e = inner[-1]
         found.append(Phrase(m.group(), m.span(), m.group()[s:e], (m.start() + s, m.start() + e)))
     return sorted(found, key=lambda p: p.span)
 
