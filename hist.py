@@ -61,8 +61,9 @@ class Options:
     out: str = option("", "folder for all that a run writes [out/NAME]")
     parses: str = option("", "file of parses to train on in place of the rules' (python parse.py --llm)")
     levels: str = option(",".join(LEVELS), "levels of the HIST training; 'caption' trains the baseline alone")
-    steps: int = option(0, "optimiser steps of each training [scenes 1200, else 10 epochs]")
-    batch_size: int = option(-1, "images a step [scenes 32, else 64]")
+    base_steps: int = option(-1, "caption-only steps first, from which every training then goes on [scenes 1000, else 0]")
+    steps: int = option(0, "optimiser steps of each training [scenes 400, else 10 epochs]")
+    batch_size: int = option(-1, "images a step [64]")
     lr: float = option(0.0, "peak learning rate [scenes 2e-3, else 3e-4]")
     composition_weight: float = option(0.1, "lambda, the weight of the composition loss")
     composition_start: float = option(0.7, "share of the steps after which composition ramps in")
@@ -71,7 +72,7 @@ class Options:
     width: int = option(-1, "width of text and fusion layers [scenes 64, else 384; CPU 192]")
     text_layers: int = option(-1, "layers of the text encoder [scenes 1, else 4; CPU 2]")
     fusion_layers: int = option(-1, "layers in which text attends to the image [scenes 2, else 4; CPU 2]")
-    cam_layer: int = option(-1, "fusion layer that Grad-CAM reads, 0 the first [the middle one]")
+    cam_layer: int = option(-1, "fusion layer that Grad-CAM reads, 0 the first [scenes the last, else the middle]")
     vocab_size: int = option(10_000, "words kept, most frequent first; the rest are [UNK]")
     eval_images: int = option(500, "held-out images to evaluate on; 0 all of them")
     save_every: int = option(200, "steps between checkpoints")
@@ -79,11 +80,13 @@ class Options:
     seed: int = option(0, "seed of weights, scenes, order and masks")
     device: str = option("auto", "auto, cpu, cuda or mps")
     resume: bool = option(False, "go on from the last checkpoint in --out, with its options")
+    ablate: bool = option(False, "train every row of the ablation for --seeds seeds, and print its table")
+    seeds: int = option(5, "seeds of --ablate, from --seed on")
     eval_only: bool = option(False, "evaluate the checkpoints in --out, no training")
     ground: list = option(None, "draw where the last trained model looks: PICTURE PHRASE [PHRASE ...]")
 
-SCENES = dict(steps=1200, batch_size=32, lr=2e-3, vit="scenes", image_size=48, width=64, text_layers=1, fusion_layers=2, workers=0)
-PHOTOS = dict(batch_size=64, lr=3e-4, workers=min(8, os.cpu_count() or 1), **(
+SCENES = dict(base_steps=1000, steps=400, batch_size=64, lr=2e-3, vit="scenes", image_size=48, width=64, text_layers=1, fusion_layers=2, workers=0)
+PHOTOS = dict(base_steps=0, batch_size=64, lr=3e-4, workers=min(8, os.cpu_count() or 1), **(
     dict(vit="vit_small_patch16_224", image_size=224, width=384, text_layers=4, fusion_layers=4) if torch.cuda.is_available() else
     dict(vit="vit_tiny_patch16_224", image_size=160, width=192, text_layers=2, fusion_layers=2)))      # to see it run, no more
 
@@ -98,12 +101,14 @@ def corners(n, *radii):
     return [(radii[i % len(radii)] * math.sin(2 * math.pi * i / n), -radii[i % len(radii)] * math.cos(2 * math.pi * i / n))
             for i in range(n)]
 
-
-SHAPES = {"circle": corners(40, .46), "ring": corners(40, .46), "square": [(-.42, -.42), (.42, -.42), (.42, .42), (-.42, .42)], "diamond": corners(4, .48, .3),
-          "triangle": corners(3, .5), "star": corners(10, .5, .2),
+SHAPES = {"circle": corners(40, .46), "ring": corners(40, .46), "square": [(-.42, -.42), (.42, -.42), (.42, .42), (-.42, .42)],
+          "diamond": corners(4, .48, .3), "triangle": corners(3, .5), "star": corners(10, .5, .2),
           "cross": [(x * s, y * s) for s in (1, -1) for x, y in [(-.15, -.46), (.15, -.46), (.15, -.15), (.46, -.15), (.46, .15), (.15, .15)]],
           "heart": [(.47 * math.sin(t) ** 3, (math.cos(4 * t) + 2 * math.cos(3 * t) + 5 * math.cos(2 * t) - 13 * math.cos(t)) / 34)
                     for t in np.linspace(0, 2 * math.pi, 40)]}
+
+UNSEEN = {(c, s) for i, c in enumerate(COLOURS) for j, s in enumerate(SHAPES) if (i + 2 * j) % 5 == 0}     # a fifth: in test scenes only
+COUNT = ("no", "one", "two", "three", "four")
 
 @lru_cache(maxsize=None)
 def shape_alpha(shape, size, angle):
@@ -117,13 +122,13 @@ def shape_alpha(shape, size, angle):
     ys, xs = np.nonzero(alpha > 0.5)
     return alpha, (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
 
-def draw_scene(rng, side, fewest=1):
+def draw_scene(rng, side, wanted, unseen):
     """One scene: a record with an image (side, side, 3) uint8, a caption of some of its objects, and the truth about all.
 
-    rng: random.Random. Up to four objects, no two of the same colour and shape, half of them distractors that share
-    one of the two with the first; their diameters are 0.2 to 0.5 of the side.
+    rng: random.Random. wanted: how many objects, no two of the same colour and shape, half of them distractors that share
+    one of the two with the first; their diameters are 0.2 to 0.5 of the side. unseen: whether UNSEEN pairs may be drawn.
     """
-    objects, targets, wanted, base = [], [], rng.randint(fewest, 4), rng.uniform(190, 240)
+    objects, masks, base = [], [], rng.uniform(190, 240)
     grain = np.frombuffer(rng.randbytes(side * side), dtype=np.uint8).reshape(side, side)
     image = np.float32([[[base + rng.uniform(-10, 10)]] for _ in "rgb"]) + grain * np.float32(rng.uniform(0.01, 0.05))
     for _ in range(200):
@@ -134,49 +139,86 @@ def draw_scene(rng, side, fewest=1):
             colour, shape = (objects[0]["colour"], shape) if rng.random() < 0.5 else (colour, objects[0]["shape"])
         size = int(side * 0.2 * 2.5 ** rng.random())
         x, y = rng.randint(0, side - size), rng.randint(0, side - size)
-        if any((colour, shape) == (o["colour"], o["shape"]) or max(o["x"] - x - size, x - o["x"] - o["size"],
-                                                                   o["y"] - y - size, y - o["y"] - o["size"]) < 1 for o in objects):
-            continue                                           # the same again, or no room: draw another
+        if (colour, shape) in UNSEEN and not unseen or any(
+                (colour, shape) == (o["colour"], o["shape"]) or max(o["x"] - x - size, x - o["x"] - o["size"],
+                                                                    o["y"] - y - size, y - o["y"] - o["size"]) < 1 for o in objects):
+            continue                                           # not now, the same again, or no room: draw another
         alpha, (x0, y0, x1, y1) = shape_alpha(shape, size, rng.choice((-16, -8, 0, 8, 16)))
         ink = np.float32([[[value + rng.gauss(0, 12)]] for value in COLOURS[colour]])
         spot = image[:, y:y + size, x:x + size]                # (3, size, size), a view
         spot += alpha * (ink - spot)
         mask = np.zeros((side, side), dtype=bool)
         mask[y:y + size, x:x + size] = alpha > 0.5
-        objects.append({"colour": colour, "shape": shape, "x": x, "y": y, "size": size})
-        targets.append({"phrase": with_article(f"{colour} {shape}"), "boxes": [[x + x0, y + y0, x + x1, y + y1]], "mask": mask})
-    return {"image": image.clip(0, 255).astype(np.uint8).transpose(1, 2, 0), "captions": [describe(rng, objects, side)],
-            "targets": targets}
+        masks.append(mask)
+        objects.append({"colour": colour, "shape": shape, "x": x, "y": y, "size": size, "box": [x + x0, y + y0, x + x1, y + y1]})
+    alike = lambda o, what: sum(p[what] == o[what] for p in objects) > 1
+    targets = [{"phrase": with_article(f"{o['colour']} {o['shape']}"), "boxes": [o["box"]], "mask": mask,
+                "tags": [tag for tag, so in (("shared_colour", alike(o, "colour")), ("shared_shape", alike(o, "shape")),
+                                             ("unseen", (o["colour"], o["shape"]) in UNSEEN)) if so]} for o, mask in zip(objects, masks)]
+    caption, said = describe(rng, objects, side)
+    return {"image": image.clip(0, 255).astype(np.uint8).transpose(1, 2, 0), "captions": [caption], "said": said, "targets": targets,
+            "questions": ask(rng, objects)}
 
 def with_article(noun):
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 def describe(rng, objects, side):
-    """A true caption of one to three of the objects: sizes are named at times, positions as they are."""
-    chosen = rng.sample(objects, min(len(objects), rng.choices((1, 2, 3), (2, 5, 3))[0]))
-    names = []
-    for o in chosen:
-        size = "small " if o["size"] < 0.27 * side else "large " if o["size"] > 0.38 * side else ""
-        names.append(with_article(f"{size if rng.random() < 0.4 else ''}{o['colour']} {o['shape']}"))
-    if len(names) == 1:
-        return rng.choice(["{}", "there is {}", "a picture of {}", "{} on its own"]).format(*names)
-    dx, dy = (chosen[0][k] + chosen[0]["size"] / 2 - chosen[1][k] - chosen[1]["size"] / 2 for k in "xy")
-    sideways = ("left of", "to the left of") if dx < 0 else ("right of", "to the right of")
-    true = sideways if abs(dx) > abs(dy) else ("above", "over") if dy < 0 else ("below", "under")
-    where = rng.choice(true + ("next to", "beside", "and", "with", "near"))
-    return rng.choice(["{} {w} {}", "there is {} {w} {}", "a picture of {} {w} {}"] if len(names) == 2 else
-                      ["{}, {} and {}", "there are {}, {} and {}", "{} {w} {} and {}", "{} {w} {}, with {}"]).format(*names, w=where)
+    """A true caption that names one to four of the objects, and what it says: [(phrase, subject), ...]."""
+    order, alike = rng.sample(objects, len(objects)), lambda o, what: sum(p[what] == o[what] for p in objects) > 1
+    names = lambda o: ("small " if o["size"] < 0.27 * side else "large " if o["size"] > 0.38 * side else "") * (rng.random() < 0.4) + f"{o['colour']} {o['shape']}"
+    clause = [o for o in order[1:] or order if not alike(o, "shape") or not alike(o, "colour")][-1:] if rng.random() < 0.5 else []
+    chosen = [o for o in order if o not in clause][:rng.randint(1 if clause else 2, 3)]
+    if rng.random() < 0.15:
+        chosen, clause = ([], clause) if clause else (chosen[:1], [])
+    said = [(with_article(names(o)), o["shape"]) for o in chosen]
+    phrases = [phrase for phrase, _ in said]
+    if len(chosen) < 2:
+        caption = rng.choice(["{}", "there is {}", "a picture of {}"]).format(*phrases) if chosen else ""
+    else:
+        dx, dy = (chosen[0][k] + chosen[0]["size"] / 2 - chosen[1][k] - chosen[1]["size"] / 2 for k in "xy")
+        sideways = ("left of", "to the left of") if dx < 0 else ("right of", "to the right of")
+        true = sideways if abs(dx) > abs(dy) else ("above", "over") if dy < 0 else ("below", "under")
+        where = rng.choice(true + ("next to", "beside", "and", "with", "near"))
+        caption = rng.choice(["{} {w} {}", "there is {} {w} {}", "a picture of {} {w} {}"] if len(chosen) == 2 else
+                             ["{}, {} and {}", "there are {}, {} and {}", "{} {w} {} and {}", "{} {w} {}, with {}"]).format(*phrases, w=where)
+    for o in clause:
+        of_colour = alike(o, "shape") or not alike(o, "colour") and rng.random() < 0.5
+        said += [(f"the {o['colour']} shape", "shape"), (with_article(o["shape"]), o["shape"])] if of_colour else [(f"the {o['shape']}", o["shape"])]
+        caption += " and " * bool(caption) + (f"the {o['colour']} shape is {with_article(o['shape'])}" if of_colour else f"the {o['shape']} is {o['colour']}")
+    if chosen and phrases[0] == caption[:len(phrases[0])] and rng.random() < 0.4:
+        count = f"{COUNT[len(objects)]} shapes"
+        caption, said = f"{count}: {caption}", [(count, "shapes")] + said
+    return caption, said
+
+def ask(rng, objects):
+    """Questions as [(kind, cloze, choices, answer), ...]; a statement without [MASK] asks whether it is true."""
+    once = lambda what: [o for o in objects if sum(p[what] == o[what] for p in objects) == 1]
+    colours, shapes = list(COLOURS), list(SHAPES)
+    there, o = {(p["colour"], p["shape"]) for p in objects}, rng.choice(objects)
+    absent = [(c, s) for c in {p["colour"] for p in objects} for s in {p["shape"] for p in objects} if (c, s) not in there]
+    absent = rng.choice(sorted(absent)) if absent and rng.random() < 0.5 else rng.choice(
+        [(c, s) for c in colours for s in shapes if (c, s) not in there])
+    questions = [("is_there", with_article(' '.join(pair)), ["no", "yes"], answer) for pair, answer in (
+        ((o["colour"], o["shape"]), "yes"), (absent, "no"))]
+    questions += [("colour", f"the {p['shape']} is [MASK]", colours, p["colour"]) for p in once("shape")[:1]]
+    questions += [("shape", f"the {p['colour']} shape is a [MASK]", shapes, p["shape"]) for p in once("colour")[:1]]
+    return questions + [("count", "[MASK] shapes", COUNT[2:], COUNT[len(objects)])] * (len(objects) > 1)
 
 class Scenes:
-    """n scenes, drawn on demand, each by its number, the seed and a name: no two sets share a scene."""
-    def __init__(self, n, o, name, fewest):
-        self.n, self.side, self.stream, self.fewest = n, o.image_size, f"{o.seed} {name}", fewest
+    """n scenes, drawn on demand, each by its number, the seed and a name: no two sets share a scene.
+
+    test: whether they have at least two objects, and UNSEEN pairs too; else the first 16,000 scenes have one object, and
+    16,000 later there may be two, and so on up to four: shapes are learnt on their own, or only after many thousands.
+    """
+    def __init__(self, n, o, name, test):
+        self.n, self.side, self.stream, self.test = n, o.image_size, f"{o.seed} {name}", test
 
     def __len__(self):
         return self.n
 
     def __getitem__(self, i):
-        return draw_scene(random.Random(f"{self.stream} {i}"), self.side, self.fewest)
+        rng = random.Random(f"{self.stream} {i}")
+        return draw_scene(rng, self.side, rng.randint(2, 4) if self.test else rng.randint(1, min(4, 1 + i // 16000)), self.test)
 
 # ------------------------------------------------------------------------------- data: COCO, and your own images
 COCO_URL = "http://images.cocodataset.org/"
@@ -316,7 +358,7 @@ def read_jsonl(path):
 def load_data(o):
     """(training records, held-out records) of --data."""
     if o.data == "scenes":
-        return Scenes(1_000_000, o, "train", 1), Scenes(o.eval_images or 500, o, "held out", 2)
+        return Scenes(1_000_000, o, "train", False), Scenes(o.eval_images or 500, o, "held out", True)
     if o.data == "coco":
         if o.download:
             download_coco(Path(o.root))
@@ -340,7 +382,8 @@ def build_vocabulary(captions, size):
 
 def encode(vocabulary, text):
     """Ids of [CLS] and of the words, MAX_TOKENS at most: an empty text is [CLS] alone, an unknown word [UNK]."""
-    return [CLS] + [vocabulary.get(w, UNK) for w in split_words(text)][:MAX_TOKENS - 1]
+    parts = [[vocabulary.get(w, UNK) for w in split_words(part)] for part in text.split("[MASK]")]
+    return ([CLS] + sum(([MASK] + part for part in parts[1:]), parts[0]))[:MAX_TOKENS]
 
 def pad(rows, value=PAD):
     """Lists of numbers as one tensor (n, longest)."""
@@ -409,9 +452,9 @@ class Samples(Dataset):
 
     def __getitem__(self, position):
         epoch, i = divmod(position, len(self.records))
-        i, rng = epoch_order(len(self.records), self.o.seed, epoch)[i], random.Random(f"{self.o.seed} {position}")
+        rng, scenes = random.Random(f"{self.o.seed} {position}"), isinstance(self.records, Scenes)
+        i = i if scenes else epoch_order(len(self.records), self.o.seed, epoch)[i]
         record = self.records[i]
-        scenes = isinstance(self.records, Scenes)
         parses = [phrases_of(c) for c in record["captions"]] if scenes else self.parses[i]
         n, all_phrases = rng.randrange(len(parses)), [p for phrases in parses for p in phrases]
         text, composite = {"caption": record["captions"][n]}, ()
@@ -492,14 +535,13 @@ class Layer(nn.Module):
         return x + self.mlp(x), A
 
 def scenes_vit(o):
-    """Four convolutions, 8 pixels to a token, and a ViT layer on them: learns shapes where one linear patch layer learns colours only.
+    """Four convolutions, 6 pixels to a token, and a ViT layer on them: learns shapes where one linear patch layer learns colours only.
 
-    The stem follows arXiv 2106.14881. Its kernels are even: an odd one at stride 2 is off centre, and three of them shift every map by
-    3.5 pixels. There is no [CLS]: with one, matching reads the scene off it and the maps point nowhere.
+    The stem follows arXiv 2106.14881. Its kernel at stride 2 is even: an odd one is off centre, and shifts every map. There is no [CLS]: with one, matching reads the scene off it and the maps point nowhere.
     """
     conv = lambda i, o, kernel, stride: (nn.Conv2d(i, o, kernel, stride, (kernel - 1) // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU())
     w = o.width
-    stem = nn.Sequential(*conv(3, w // 2, 6, 2), *conv(w // 2, w, 4, 2), *conv(w, w, 3, 1), *conv(w, w, 4, 2))
+    stem = nn.Sequential(*conv(3, w // 2, 6, 2), *conv(w // 2, w, 5, 3), *conv(w, w, 3, 1), *conv(w, w, 3, 1))
     return VisionTransformer(img_size=o.image_size, patch_size=1, embed_layer=partial(HybridEmbed, backbone=stem), embed_dim=w, depth=1,
                              num_heads=4, num_classes=0, class_token=False, global_pool="max")
 
@@ -696,51 +738,112 @@ def maps_of(model, vocabulary, images, texts, rows, o):
     big = F.interpolate(maps.detach()[:, None].float(), size=images.shape[2:], mode="bicubic")[:, 0]
     return big.clamp(min=0).cpu().numpy(), match.tolist()
 
-def evaluate(model, vocabulary, records, o):
-    """Every measure on held-out records, {name: 0 to 1}: pointing on phrases and subjects, several objects, retrieval.
+def answer(model, vocabulary, images, questions):
+    """Answers to questions [(row, kind, cloze, choices, answer), ...] about images (B, 3, side, side): the choice that the language
+    head thinks likeliest at [MASK]; without [MASK], the last choice where text and image match, else the first."""
+    ids = pad([encode(vocabulary, cloze) for _, _, cloze, _, _ in questions]).to(images.device)
+    with torch.no_grad():
+        states, _ = model.fuse(*model.encode_text(ids)[:2], model.encode_image(images)[1], torch.tensor([q[0] for q in questions], device=images.device))
+        match, words = model.match_head(states[:, 0]).argmax(-1), model.word_head(states)
+    hidden = [(row == MASK).nonzero()[:1, 0] for row in ids]
+    return [choices[-int(match[i])] if not len(hidden[i]) and match[i] else choices[0] if not len(hidden[i]) else
+            choices[int(words[i, hidden[i][0]][[vocabulary.get(c, UNK) for c in choices]].argmax())] for i, (*_, choices, _) in enumerate(questions)]
 
-    "…_chance": what pointing at a random target of the image (R@1: a random image) would get; "…_chance_pixel": at any pixel
-    (IoU: marking all of them). The threshold of the IoU is chosen on the other half of the images.
+def rerank(model, images, T, mask, similarity, k=16):
+    """ITM probabilities of each image (N of them, a callable gives a slice) with its k captions that ITC likes best, and of each
+    caption with its k images: two (N, texts), -inf elsewhere (ALBEF, section 5)."""
+    N, M = similarity.shape
+    best = [torch.zeros_like(similarity, dtype=torch.bool).scatter_(d, similarity.topk(min(k, (M, N)[1 - d]), dim=d).indices, True) for d in (1, 0)]
+    score = torch.full_like(similarity, -torch.inf)
+    with torch.no_grad():
+        for start in range(0, N, 32):
+            _, image = model.encode_image(images(start, start + 32))
+            for pairs in (best[0] | best[1])[start:start + 32].nonzero().split(512):
+                logits, _ = model.match(T[pairs[:, 1]], mask[pairs[:, 1]], image, pairs[:, 0])
+                score[start + pairs[:, 0], pairs[:, 1]] = logits.softmax(-1)[:, 1]
+    return [score.masked_fill(~chosen, -torch.inf) for chosen in best]
+
+def occlusion_agreement(model, vocabulary, image, phrase, o):
+    """Rank correlation (Spearman) of the Grad-CAM map of a phrase with the drop of its match logit when each patch is greyed; nan where one is flat."""
+    (height, width), device = model.grid, next(model.parameters()).device
+    pixels = read_image(image, o.image_size).to(device)
+    rows, columns = (torch.arange(o.image_size, device=device) * n // o.image_size for n in (height, width))
+    patch = rows[:, None] * width + columns                                                # (side, side): the patch of each pixel
+    hidden = patch == torch.arange(height * width, device=device)[:, None, None]         # (patches, side, side)
+    grey = pixels.flatten(1).float().mean(1).to(pixels.dtype)[:, None, None]
+    images = torch.cat([pixels[None], torch.where(hidden[:, None], grey, pixels)])         # the image whole, then without each patch
+    with torch.no_grad():
+        _, kv = model.encode_image(images)
+        T, mask, _ = model.encode_text(pad([encode(vocabulary, phrase)]).to(device))
+        score = model.match(T.expand(len(images), -1, -1), mask.expand(len(images), -1), kv, torch.arange(len(images), device=device))[0][:, 1]
+    heat, _ = locate(model, T, mask, [x[:, :1] for x in kv], torch.zeros(1, dtype=torch.long, device=device), o.cam_layer)
+    ranks = torch.stack([heat.detach().flatten(), score[0] - score[1:]]).argsort(1).argsort(1).float()
+    return float(torch.corrcoef(ranks)[0, 1])
+
+def subjects_found(records):
+    """(precision, recall, F1) of the parser's (phrase, subject) pairs against what the captions of these scenes say by construction."""
+    found, said = ([Counter((i, *pair) for i, r in enumerate(records) for pair in pairs(r))
+                    for pairs in (lambda r: phrases_of(r["captions"][0]), lambda r: r["said"])])
+    precision, recall = ((found & said).total() / max(1, c.total()) for c in (found, said))
+    return precision, recall, 2 * precision * recall / max(1e-12, precision + recall)
+
+def evaluate(model, vocabulary, records, o):
+    """Every measure on held-out records, {name: 0 to 1}: pointing, several objects, retrieval, questions; and the pairs behind two of them.
+
+    "..._chance": what pointing at a random target of the image (R@1: a random image; questions: a random choice) would get;
+    "..._chance_pixel": at any pixel (IoU: marking all of them). The threshold of the IoU is chosen on the other half of the images.
+    Pairs: [(image, balance, area of the union, IoU at each threshold, areas (2,), masses (2,)), ...].
     """
     side, device, rng = o.image_size, next(model.parameters()).device, random.Random(0)
-    points, pairs, features, owner = {"phrases": [], "subjects": []}, [], {"image": [], "text": []}, []
+    points, pairs, right, features, captions = {}, [], {}, [], [(i, c) for i, r in enumerate(records) for c in r["captions"]]
+    load = lambda start, end: torch.stack([read_image(r["image"], side) for r in records[start:end]]).to(device)
     model.eval()
     for start in tqdm(range(0, len(records), 32), desc="evaluating", unit_scale=32, unit="img", leave=False):
-        batch = records[start:start + 32]
-        images = torch.stack([read_image(r["image"], side) for r in batch]).to(device)
-        captions = [(start + row, c) for row, r in enumerate(batch) for c in r["captions"]]
-        owner += [i for i, _ in captions]
+        batch, images = records[start:start + 32], load(start, start + 32)
         with torch.no_grad():
-            features["image"].append(model.encode_image(images)[0])
-            features["text"].append(model.encode_text(pad([encode(vocabulary, c) for _, c in captions]).to(device))[2])
-        asked = []                                             # (row, kind, text, targets it names, chance of an object)
+            features.append(model.encode_image(images)[0])
+        asked = []                                             # (row, kinds, text, targets it names, chance of an object)
         for row, record in enumerate(batch):
             targets, subjects = truth(record, side), {}
-            for t in targets:
-                asked.append((row, "phrases", t[0], [t], 1 / len(targets)))
+            for t, tags in zip(targets, (t.get("tags", []) for t in record["targets"])):
+                asked.append((row, ["phrases"] + tags, t[0], [t], 1 / len(targets)))
                 subjects.setdefault((phrases_of(t[0]) or [(t[0], t[0])])[0][1], []).append(t)
-            asked += [(row, "subjects", subject, named, len(named) / len(targets)) for subject, named in subjects.items()]
+            asked += [(row, ["subjects"], subject, named, len(named) / len(targets)) for subject, named in subjects.items()]
             two = list(itertools.combinations(targets, 2))
-            asked += [(row, "pairs", f"{a[0]} and {b[0]}", [a, b], 0) for a, b in rng.sample(two, min(3, len(two)))]
+            asked += [(row, [], f"{a[0]} and {b[0]}", [a, b], 0) for a, b in rng.sample(two, min(3, len(two)))]
         maps, _ = maps_of(model, vocabulary, images, [q[2] for q in asked], [q[0] for q in asked], o) if asked else ((), ())
-        for (row, kind, _, named, chance), heat in zip(asked, maps):
+        for (row, kinds, _, named, chance), heat in zip(asked, maps):
             boxes, mask = (np.logical_or.reduce([t[k] for t in named]) for k in (1, 2))
-            if kind == "pairs":
-                pairs.append((start + row, balance(heat, named[0][2], named[1][2]), mask.mean(), multi_object_iou(heat, mask)))
-            else:
-                points[kind].append((pointing_game(heat, boxes), pointing_game(heat, mask), chance, boxes.mean()))
+            for kind in kinds:
+                points.setdefault(kind, []).append((pointing_game(heat, boxes), pointing_game(heat, mask), chance, boxes.mean()))
+            if not kinds:
+                areas, masses = zip(*((t[2].mean(), heat[t[2]].sum() / max(heat.sum(), 1e-12)) for t in named))
+                pairs.append((start + row, balance(heat, named[0][2], named[1][2]), mask.mean(), multi_object_iou(heat, mask), areas, masses))
+        questions = [(row, *q) for row, r in enumerate(batch) for q in r.get("questions", [])]
+        for (_, kind, _, choices, true), said in zip(questions, answer(model, vocabulary, images, questions) if questions else ()):
+            right.setdefault(kind, []).append((said == true, 1 / len(choices)))
     names = ("", "_in_mask", "_chance", "_chance_pixel")
-    result = {f"pointing_{kind}{name}": v for kind, rows in points.items() if rows for name, v in zip(names, np.mean(rows, 0))}
+    result = {f"pointing_{kind}{name}": v for kind, rows in points.items() for name, v in zip(names, np.mean(rows, 0))}
     if pairs:
-        image, balances, area, iou = (np.array(column) for column in zip(*pairs))
+        image, balances, area, iou = (np.array(column) for column in zip(*(p[:4] for p in pairs)))
         best = [iou[image % 2 != half].mean(0).argmax() if (image % 2 != half).any() else 9 for half in (0, 1)]
         result.update(multi_object_iou=iou[np.arange(len(iou)), np.array(best)[image % 2]].mean(), multi_object_iou_chance_pixel=area.mean(),
                       balance=balances.mean())
-    similarity, owner = torch.cat(features["image"]) @ torch.cat(features["text"]).T, torch.tensor(owner, device=device)
-    result["r1_image_to_text"] = (owner[similarity.argmax(1)] == torch.arange(len(records), device=device)).float().mean()
-    result["r1_text_to_image"] = (similarity.argmax(0) == owner).float().mean()
-    result["r1_image_to_text_chance"] = result["r1_text_to_image_chance"] = 1 / len(records)
-    return {k: round(float(v), 5) for k, v in result.items()}
+    with torch.no_grad():
+        T, mask, text_features = model.encode_text(pad([encode(vocabulary, c) for _, c in captions]).to(device))
+    similarity, owner = torch.cat(features) @ text_features.T, torch.tensor([i for i, _ in captions], device=device)
+    for name, (to_text, to_image) in (("", (similarity, similarity)), ("_itm", rerank(model, load, T, mask, similarity))):
+        result[f"r1_image_to_text{name}"] = (owner[to_text.argmax(1)] == torch.arange(len(records), device=device)).float().mean()
+        result[f"r1_text_to_image{name}"] = (to_image.argmax(0) == owner).float().mean()
+        result[f"r1_image_to_text{name}_chance"] = result[f"r1_text_to_image{name}_chance"] = 1 / len(records)
+    for kind, rows in right.items():
+        result[f"vqa_{kind}"], result[f"vqa_{kind}_chance"] = np.mean(rows, 0)
+    if right:
+        result["vqa"], result["vqa_chance"] = (np.mean([result[f"vqa_{kind}{name}"] for kind in right]) for name in ("", "_chance"))
+    agreement = [occlusion_agreement(model, vocabulary, r["image"], t["phrase"], o) for r in records[:32] for t in r["targets"][:2]]
+    if agreement:
+        result["occlusion"], result["occlusion_chance"] = np.nanmean(agreement), 0
+    return {k: round(float(v), 5) for k, v in result.items()}, pairs
 
 # ------------------------------------------------------------------------------------------------------- pictures
 def draw_panels(rows, path, title):
@@ -773,14 +876,31 @@ def panels(name, model, vocabulary, image, phrases, regions, o):
     return [(name, picture, None, None)] + [(f"{t} ({m:.2f})", picture, h, r) for t, m, h, r in zip(texts, match, maps, regions)]
 
 def draw_grounding(models, vocabulary, records, o, path):
-    """The first four held-out records with two things to point at (or else one): image and maps, a row for each model."""
+    """The first eight records with two things to point at (or else one): image and maps, a row for each model."""
     things = lambda r: [t["phrase"] for t in r["targets"]] or [phrase for phrase, _ in phrases_of(r["captions"][0])]
     rows = []
-    for r in ([r for r in records if len(things(r)) > 1] or [r for r in records if things(r)])[:4]:
+    for r in ([r for r in records if len(things(r)) > 1] or [r for r in records if things(r)])[:8]:
         regions = [boxes for _, boxes, _ in truth(r, o.image_size)[:2]]
         rows += [panels(f"{name}: {r['captions'][0]}", model, vocabulary, r["image"], things(r)[:2], regions, o) for name, model in models.items()]
     if rows:
         draw_panels(rows, path, "Where each model looks for a phrase, and for two (in brackets: the probability that it matches)")
+
+def draw_balance(pairs, path):
+    """For each model, how the map of a pair divides: the larger object's share of both masses against its share of both areas, and the balance."""
+    figure = Figure(figsize=(5 * len(pairs) + 5, 4.5), layout="constrained")
+    *scatters, histogram = figure.subplots(1, len(pairs) + 1)
+    for colour, (ax, (name, rows)) in enumerate(zip(scatters, pairs.items())):
+        areas, masses = (np.array([p[k] for p in rows]) for k in (4, 5))
+        larger = areas.argmax(1)[:, None]
+        share = lambda v: np.take_along_axis(v, larger, 1)[:, 0] / np.maximum(v.sum(1), 1e-12)
+        ax.scatter(share(areas), share(masses), s=6, alpha=0.4, color=f"C{colour}")
+        ax.axhline(0.5, color="grey", linewidth=1)
+        ax.set(title=f"{name}: mass on the larger of two objects", xlabel="its share of both areas", ylabel="its share of the map's mass on both", ylim=(0, 1))
+        balances = [p[1] for p in rows]
+        histogram.hist(balances, np.linspace(0, 1, 21), histtype="step", linewidth=2, color=f"C{colour}", label=f"{name}: mean {np.mean(balances):.2f}")
+    histogram.set(title="balance of a pair's map (1: both get as much)", xlabel="smaller share over larger", ylabel="pairs")
+    histogram.legend()
+    figure.savefig(path, dpi=100)
 
 def draw_curves(metrics, path):
     """The losses of metrics.jsonl against the step, a panel a loss, a line a training; each point the mean of a fiftieth."""
@@ -818,24 +938,28 @@ def restore(path, o):
         raise UserError(f"{path} does not fit the options given: {str(e).splitlines()[1].strip()}")
     return model, vocabulary, saved
 
-def train(name, levels, samples, o):
-    """Train one model with these levels for o.steps steps, or go on from its checkpoint; returns (model, seconds of training).
+def train(name, levels, samples, o, steps, base=None):
+    """Train one model with these levels, or go on from its checkpoint; returns (model, seconds of training).
 
-    Every training starts from the same weights and sees the same images and captions in the same order: o.seed gives them.
+    base: a checkpoint to start from, whose images are not seen again; else weights by o.seed. So all trainings from one base
+    start from the same weights and see the same images and captions in the same order.
     """
     path, metrics, B, cuda = Path(o.out) / f"{name}.pt", Path(o.out) / "metrics.jsonl", o.batch_size, o.device == "cuda"
     torch.manual_seed(o.seed)
     model, start, seconds, saved = HIST(o, samples.vocabulary).to(o.device), 0, 0.0, None
+    first = o.base_steps if base else 0
     if o.resume and path.exists():
         model, _, saved = restore(path, o)
         start, seconds = saved["step"], saved["seconds"]
         if saved["vocabulary"] != list(samples.vocabulary):
             raise UserError(f"{path} was trained on other captions: --resume goes on with the same --data")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=0.02, betas=(0.9, 0.98), fused=o.device != "mps")
-    warmup = max(1, min(100, o.steps // 10))
+    elif base:
+        model, _, _ = restore(base, o)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr / (2 if base else 1), weight_decay=0.02, betas=(0.9, 0.98), fused=o.device != "mps")
+    warmup = max(1, min(100, steps // 10))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / warmup) * max(
-        0.01, (1 + math.cos(math.pi * step / o.steps)) / 2))
-    loader = DataLoader(samples, batch_size=B, sampler=range(start * B, o.steps * B), collate_fn=collate, num_workers=o.workers,
+        0.01, (1 + math.cos(math.pi * step / max(1, steps))) / 2))
+    loader = DataLoader(samples, batch_size=B, sampler=range((first + start) * B, (first + steps) * B), collate_fn=collate, num_workers=o.workers,
                         pin_memory=cuda, generator=torch.Generator())                      # its own generator: ours is the checkpoint's
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
@@ -847,9 +971,9 @@ def train(name, levels, samples, o):
     metrics.write_text("".join(json.dumps(k) + "\n" for k in kept if k["run"] != name or k["step"] <= start and "losses" in k))
     model.train()
     waiting, begun = [], time.time() - seconds
-    with open(metrics, "a") as log, tqdm(total=o.steps * B, initial=start * B, unit="img", desc=name, smoothing=0.05) as bar:
+    with open(metrics, "a") as log, tqdm(total=steps * B, initial=start * B, unit="img", desc=name, smoothing=0.05) as bar:
         for step, batch in enumerate(loader, start):
-            done = step / o.steps
+            done = (first + step) / (o.base_steps + o.steps)               # of the whole, base and what follows
             hardness = 0.5 * min(1, max(0, (done - 0.5) / 0.3))    # hard negatives from the first step leave the match head at chance
             weight = o.composition_weight * min(1, max(0, (done - o.composition_start) / 0.1))
             now = [level for level in levels if level != "composition" or weight > 0]
@@ -863,7 +987,7 @@ def train(name, levels, samples, o):
             schedule.step()
             waiting.append((step + 1, {k: v.detach() for k, v in losses.items()}, figures))
             bar.update(B)
-            save = step + 1 == o.steps or (step + 1) % o.save_every == 0
+            save = step + 1 == steps or (step + 1) % o.save_every == 0
             if save or len(waiting) == 10:                     # the only wait for the device, once in ten steps
                 for n, losses, figures in waiting:
                     log.write(json.dumps({"run": name, "step": n, "losses": {k: round(float(v), 5) for k, v in losses.items()},
@@ -880,8 +1004,14 @@ def train(name, levels, samples, o):
     return model, seconds
 
 # ----------------------------------------------------------------------------------------------------------- main
-TABLE = {"pointing_phrases": "pointing, phrases", "pointing_subjects": "pointing, subjects", "multi_object_iou": "multi-object IoU",
-         "balance": "balance", "r1_image_to_text": "R@1, image to text", "r1_text_to_image": "R@1, text to image", "seconds": "seconds of training"}
+TABLE = {"pointing_phrases": "pointing, phrases", "pointing_subjects": "pointing, subjects", "pointing_shared_colour": "  colour shared",
+         "pointing_shared_shape": "  shape shared", "pointing_unseen": "  pair never seen", "multi_object_iou": "multi-object IoU", "balance": "balance",
+         "r1_image_to_text": "R@1, image to text", "r1_text_to_image": "R@1, text to image", "r1_image_to_text_itm": "  ITM: i. to t.",
+         "r1_text_to_image_itm": "  ITM: t. to i.", "vqa": "VQA, mean", "vqa_colour": "  colour", "vqa_shape": "  shape", "vqa_is_there": "  is there",
+         "vqa_count": "  count", "occlusion": "occlusion, rank r", "seconds": "seconds of training"}
+ROWS = {"caption": ("caption",), "+ phrase": ("caption", "phrase"), "+ subject": ("caption", "subject"), "+ both": ("caption", "phrase", "subject"),
+        "+ composition": ("caption", "composition"), "all": LEVELS, "caption, same time": ("caption",)}
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)                             # Student's t, two-sided, for 2 to 10 seeds
 
 def table(results):
     """The results {training: {measure: value}} as text: a measure a line, a training a column, and what chance gives."""
@@ -909,23 +1039,24 @@ def command_line(argv=None):
 def settle(given):
     """Options from what was typed, then the checkpoint that it goes on from, if any, then what suits the data."""
     o = Options(**given)
-    o.out = o.out or f"out/{Path(o.data).stem}"
+    o.out = o.out or ("out/ablation" if o.ablate else f"out/{Path(o.data).stem}")
     if o.resume or o.eval_only or o.ground:
         anywhere = o.ground and not {"out", "data"} & set(given)
         found = sorted(Path("out" if anywhere else o.out).glob("*/*.pt" if anywhere else "*.pt"), key=lambda path: path.stat().st_mtime)
         if not found:
             raise UserError(f"no checkpoint in {'out' if anywhere else o.out}: train first (python hist.py), or say --out FOLDER of a run")
-        once = dict(resume=False, eval_only=False, ground=None, download=False, device="auto")
+        once = dict(resume=False, eval_only=False, ablate=False, ground=None, download=False, device="auto")
         o = Options(**{**load_checkpoint(found[-1])["options"], **once, **given, "out": str(found[-1].parent)})
     for name, value in (SCENES if o.data == "scenes" else PHOTOS).items():
         if getattr(o, name) == getattr(Options, name):
             setattr(o, name, value)
-    for name, least in dict(batch_size=1, image_size=16, width=8, fusion_layers=1, text_layers=0, steps=0, eval_images=0, save_every=1, workers=0, lr=0, vocab_size=1).items():
+    for name, least in dict(batch_size=1, image_size=16, width=8, fusion_layers=1, text_layers=0, base_steps=0, steps=0, seeds=1, eval_images=0, save_every=1, workers=0,
+                             lr=0, vocab_size=1).items():
         if getattr(o, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(o, name)}: at least {least}, please")
     if o.width % max(4, o.width // 64):
         raise UserError(f"--width {o.width}: take a multiple of 64, so that its heads are of one size")
-    o.cam_layer = (o.fusion_layers - 1) // 2 if o.cam_layer == -1 else o.cam_layer         # ALBEF's choice too: the third of six
+    o.cam_layer = (o.fusion_layers - 1 if o.data == "scenes" else (o.fusion_layers - 1) // 2) if o.cam_layer == -1 else o.cam_layer   # ALBEF: the third of six
     if not 0 <= o.cam_layer < o.fusion_layers:
         raise UserError(f"--cam-layer {o.cam_layer}: there are {o.fusion_layers} fusion layers, 0 the first")
     wrong = [level for level in o.levels.split(",") if level not in LEVELS]
@@ -952,47 +1083,113 @@ def ground(o):
     draw_panels([panels(Path(picture).name, model, vocabulary, picture, phrases, [], o)], Path(o.out) / "ground.png", f"Where {path} looks")
     print(Path(o.out) / "ground.png")
 
-def run(o):
-    """Train or load the models, evaluate them on the same held-out records, write the table and the pictures."""
-    out, metrics, models, results = Path(o.out), Path(o.out) / "metrics.jsonl", {}, {}
+def prepare(o):
+    """(samples to train on, held-out records) of a run, its folder made and its options settled."""
     records, held_out = load_data(o)
     held_out = [held_out[i] for i in range(min(len(held_out), o.eval_images or len(held_out)))]
+    o.batch_size = min(o.batch_size, len(records))
+    o.steps = o.steps or max(1, 10 * len(records) // o.batch_size)
+    few = range(100_000, 102_000) if o.data == "scenes" else range(len(records))
+    samples = Samples(records, build_vocabulary((c for i in few for c in records[i]["captions"]), o.vocab_size), o)
+    HIST(o, samples.vocabulary)                                # options that build no model stop here, before the last run goes
+    out = Path(o.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for old in () if o.resume else (*out.glob("*.pt"), out / "metrics.jsonl"):
+        old.unlink(missing_ok=True)
+    (out / "options.json").write_text(json.dumps(asdict(o), indent=1))
+    return samples, held_out
+
+def train_base(samples, o):
+    """The checkpoint of --base-steps of captions alone, from which every training goes on; None without them."""
+    if o.base_steps:
+        train("base", ("caption",), samples, o, o.base_steps)
+        return Path(o.out) / "base.pt"
+
+def run(o):
+    """Train or load the models, evaluate them on the same held-out records, write the table and the pictures."""
+    out, models, results, pairs = Path(o.out), {}, {}, {}
     levels = {"baseline": ("caption",), "hist": tuple(o.levels.split(","))}
     if o.eval_only:
+        held_out = load_data(o)[1]
+        held_out = [held_out[i] for i in range(min(len(held_out), o.eval_images or len(held_out)))]
         for name in [n for n in levels if (out / f"{n}.pt").exists()]:
             models[name], vocabulary, saved = restore(out / f"{name}.pt", o)
             results[name] = {"seconds": saved["seconds"]}
     else:
-        out.mkdir(parents=True, exist_ok=True)
-        o.batch_size = min(o.batch_size, len(records))
-        o.steps = o.steps or max(1, 10 * len(records) // o.batch_size)
-        few = range(min(len(records), 2000)) if o.data == "scenes" else range(len(records))
-        vocabulary = build_vocabulary((c for i in few for c in records[i]["captions"]), o.vocab_size)
-        samples = Samples(records, vocabulary, o)
-        HIST(o, vocabulary)                                    # options that build no model stop here, before the last run goes
-        for old in () if o.resume else (out / "baseline.pt", out / "hist.pt", metrics):
-            old.unlink(missing_ok=True)
-        (out / "options.json").write_text(json.dumps(asdict(o), indent=1))
+        samples, held_out = prepare(o)
+        vocabulary, base = samples.vocabulary, train_base(samples, o)
         for name in levels if levels["hist"] != levels["baseline"] else ["baseline"]:
-            models[name], seconds = train(name, levels[name], samples, o)
+            models[name], seconds = train(name, levels[name], samples, o, o.steps, base)
             results[name] = {"seconds": seconds}
     for name, model in models.items():
-        results[name].update(evaluate(model, vocabulary, held_out, o))
-        with open(metrics, "a") as log:
+        measured, pairs[name] = evaluate(model, vocabulary, held_out, o)
+        results[name].update(measured)
+        with open(out / "metrics.jsonl", "a") as log:
             log.write(json.dumps({"run": name, "step": o.steps, "evaluation": results[name]}) + "\n")
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    print(f"\n{o.data}: {len(held_out)} held-out images, {o.steps} steps of {o.batch_size}, seed {o.seed}, {o.device}; percent but for seconds\n")
+    before = f"{o.base_steps} steps with captions alone, then " if o.base_steps else ""
+    print(f"\n{o.data}: {len(held_out)} held-out images, {before}{o.steps} steps of {o.batch_size}, seed {o.seed}, {o.device}; percent but for seconds\n")
     print(table(results), "\n")
     if not any(r["targets"] for r in held_out):
         print("these records have no targets: there is nothing to point at, retrieval alone is measured")
-    draw_curves(metrics, out / "curves.png")
+    if o.data == "scenes":
+        print("subjects that the parser finds in these captions: precision {:.3f}, recall {:.3f}, F1 {:.3f}".format(*subjects_found(held_out)))
+    draw_curves(out / "metrics.jsonl", out / "curves.png")
     draw_grounding(models, vocabulary, held_out, o, out / "grounding.png")
+    if any(pairs.values()):
+        draw_balance(pairs, out / "balance.png")
+        rated = {}                                             # by the IoU of the last model, each pair at the one threshold best for all
+        threshold = np.mean([p[3] for p in pairs[name]], 0).argmax()
+        for p in pairs[name]:
+            rated.setdefault(p[0], []).append(p[3][threshold])
+        worst = sorted(rated, key=lambda i: np.mean(rated[i]))[:4]
+        draw_grounding(models, vocabulary, [held_out[i] for i in worst], o, out / "worst.png")
     print(f"in {out}: {' '.join(sorted(p.name for p in out.iterdir()))}")
+
+def ablate(o):
+    """Every row of ROWS for every seed, from that seed's base, on the same images for as many steps; the last for as much time as "all".
+
+    What is done lies in out/seedN/results.json, and the same command goes on from there. Prints the means, and below each its
+    difference from the first row, paired by seed, with the 95% interval (Student's t).
+    """
+    top, every = Path(o.out), []
+    for seed in range(o.seed, o.seed + o.seeds):
+        now = Options(**{**asdict(o), "seed": seed, "out": str(top / f"seed{seed}"), "resume": (top / f"seed{seed}" / "options.json").exists()})
+        path = Path(now.out) / "results.json"
+        done = json.loads(path.read_text()) if path.exists() else {}
+        if set(ROWS) - set(done):
+            samples, held_out = prepare(now)
+            base = train_base(samples, now)
+            for row, levels in ROWS.items():
+                if row not in done:
+                    steps = round(now.steps * done["all"]["seconds"] / done["caption"]["seconds"]) if "time" in row else now.steps
+                    name = row.replace("+ ", "").replace(", ", "_").replace(" ", "_")
+                    model, seconds = train(name, levels, samples, now, steps, base)
+                    done[row] = {**evaluate(model, samples.vocabulary, held_out, now)[0], "seconds": seconds}
+                    path.write_text(json.dumps(done, indent=1))
+        every.append(done)
+    print(ablation_table(every))
+
+def ablation_table(every):
+    """[{row: {measure: value}} of each seed] as a Markdown table: mean ± standard deviation, then the paired difference [95% interval]."""
+    n, lines = len(every), ["| | " + " | ".join(ROWS) + " | chance |", "|---" * (len(ROWS) + 2) + "|"]
+    for k, title in TABLE.items():
+        if k in every[0]["caption"]:
+            scale, cells = 1 if k == "seconds" else 100, []
+            values = {row: scale * np.array([done[row][k] for done in every]) for row in ROWS}
+            for row, v in values.items():
+                d = v - values["caption"]
+                half = T95[n - 2] * d.std(ddof=1) / math.sqrt(n) if 1 < n < 11 else math.nan
+                cells.append(f"{v.mean():.1f}" + (f" ± {v.std(ddof=1):.1f}" if n > 1 else "") +
+                             (f"<br>{d.mean():+.1f} [{d.mean() - half:+.1f}, {d.mean() + half:+.1f}]" if row != "caption" and k != "seconds" else ""))
+            chance = [done["caption"][f"{k}_chance"] * scale for done in every if f"{k}_chance" in done["caption"]]
+            lines.append(f"| {title.strip()} | " + " | ".join(cells) + f" | {f'{np.mean(chance):.1f}' if chance else ''} |")
+    return "\n".join(lines)
 
 def main(argv=None):
     try:
         o = settle(command_line(argv))
-        ground(o) if o.ground else run(o)
+        ground(o) if o.ground else ablate(o) if o.ablate else run(o)
     except (UserError, OSError, torch.cuda.OutOfMemoryError) as e:        # a process that loads images wraps its error in a traceback
         print("hist.py: " + " ".join(str(e).split("UserError: ")[-1].split()), file=sys.stderr)
         sys.exit(2)

@@ -18,9 +18,9 @@ import hist
 
 ROOT = Path(__file__).resolve().parents[1]
 COCO_MINI = ROOT.parent / "shared" / "coco-mini"
-TINY = "--steps 6 --batch-size 8 --eval-images 12 --save-every 2 --device cpu".split()
+TINY = "--base-steps 0 --steps 6 --batch-size 8 --eval-images 12 --save-every 2 --device cpu".split()
 SMALL_VIT = "--vit vit_tiny_patch16_224 --image-size 32 --width 64 --text-layers 1 --fusion-layers 2 --workers 0".split()
-WRITTEN = {"metrics.jsonl", "results.json", "options.json", "grounding.png", "curves.png", "baseline.pt", "hist.pt"}
+WRITTEN = {"metrics.jsonl", "results.json", "options.json", "grounding.png", "worst.png", "balance.png", "curves.png", "baseline.pt", "hist.pt"}
 
 
 def typed(*arguments, cwd):
@@ -62,7 +62,7 @@ def test_scenes(scenes_run):
     results = json.loads((out / "results.json").read_text())
     assert list(results) == ["baseline", "hist"]
     for name, title in hist.TABLE.items():
-        row = next(line for line in done.stdout.splitlines() if line.startswith(title))
+        row = next(line for line in done.stdout.splitlines() if line.startswith(f"{title:20}"))
         shown = f"{results['hist'][name]:.0f}" if name == "seconds" else f"{100 * results['hist'][name]:.1f}"
         assert row[len(title):].split()[1] == shown
     metrics = lines(out / "metrics.jsonl")
@@ -72,7 +72,7 @@ def test_scenes(scenes_run):
         assert any("composition" in m["losses"] and "map_entropy" in m for m in steps) == composed
         assert [m["evaluation"] for m in metrics if m["run"] == run and "evaluation" in m] == [results[run]]
     assert "img/s" in done.stderr and "caption_itc" in done.stderr             # the bar: losses and throughput
-    for picture in ("grounding.png", "curves.png"):
+    for picture in ("grounding.png", "worst.png", "balance.png", "curves.png"):
         pixels = np.asarray(Image.open(out / picture).convert("RGB"))
         assert min(pixels.shape[:2]) > 300 and pixels.std() > 10
 
@@ -82,6 +82,22 @@ def test_both_trainings_start_from_the_same_weights_and_see_the_same_captions(sc
     first = {m["run"]: m["losses"] for m in lines(folder / "out/scenes/metrics.jsonl") if m["step"] == 1 and "losses" in m}
     assert first["baseline"]["caption_itc"] == first["hist"]["caption_itc"]
     assert first["baseline"]["caption_mlm"] == first["hist"]["caption_mlm"]
+
+
+def test_every_row_of_the_ablation_goes_on_from_one_base_and_what_is_done_is_kept(here, capsys):
+    command = "--ablate --seeds 2 --base-steps 2 --steps 2 --batch-size 8 --eval-images 12 --device cpu".split()
+    hist.main(command)
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [c.strip() for c in shown[0].split("|")][2:-2] == list(hist.ROWS) and "pointing, phrases" in shown[2] and " ± " in shown[2]
+    for seed in (0, 1):
+        out = Path(f"out/ablation/seed{seed}")
+        assert list(json.loads((out / "results.json").read_text())) == list(hist.ROWS)
+        first = {m["run"]: m["losses"]["caption_itc"] for m in lines(out / "metrics.jsonl") if m["step"] == 1}
+        assert len(first) == 8 and len({v for k, v in first.items() if k != "base"}) == 1 and first["base"] != first["all"]
+    done = {path: path.stat().st_mtime_ns for path in Path("out/ablation").glob("*/*")}
+    hist.main(command)
+    assert done == {path: path.stat().st_mtime_ns for path in Path("out/ablation").glob("*/*")}
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")] == shown
 
 
 def test_ground_draws_over_a_person_s_own_picture(scenes_run):

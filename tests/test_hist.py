@@ -15,7 +15,7 @@ def options(**changes):
 
 
 def batch_of(o, n=6, records=None):
-    records = records or hist.Scenes(1000, o, "test", 2)
+    records = records or hist.Scenes(1000, o, "test", True)
     vocabulary = hist.build_vocabulary((records[i]["captions"][0] for i in range(min(50, len(records)))), 1000)
     samples = hist.Samples(records, vocabulary, o)
     return vocabulary, hist.collate([samples[i] for i in range(n)])
@@ -350,7 +350,7 @@ def test_order_of_samples_is_by_position_and_covers_each_epoch():
 def test_masks_and_boxes_of_scenes_match_what_was_drawn():
     o = options(image_size=64)
     for i in range(60):
-        record = hist.Scenes(100, o, "masks", 1)[i]
+        record = hist.Scenes(100, o, "masks", False)[i]
         image, covered = record["image"].astype(float), np.zeros((64, 64), bool)
         for t in record["targets"]:
             colour = np.array(hist.COLOURS[t["phrase"].split()[1]])
@@ -378,27 +378,63 @@ def test_every_shape_is_another_and_right_side_up():
         assert masks[pointed_up][:6].sum() < 40
 
 
-def test_captions_of_scenes_are_true_and_parse_to_their_objects():
-    scenes, right, said = hist.Scenes(1000, options(), "captions", 1), 0, 0
-    for i in range(300):
-        record = scenes[i]
-        truth = {t["phrase"].split(" ", 1)[1]: t["boxes"][0] for t in record["targets"]}
-        for phrase, subject in hist.phrases_of(record["captions"][0]):
-            said += 1
+def test_captions_of_scenes_are_true_and_parse_to_what_they_say():
+    scenes = hist.Scenes(100_000, options(), "captions", False)
+    records = [scenes[i] for i in range(60_000, 60_300)]
+    for record in records:
+        caption, truth = record["captions"][0], [t["phrase"].split(" ", 1)[1] for t in record["targets"]]
+        for phrase, subject in record["said"]:
             words = phrase.split()
-            right += " ".join(words[-2:]) in truth and subject == words[-1] and words[0] in ("a", "an")
-    assert said > 450 and right / said > 0.99
+            assert phrase in caption and subject == words[-1]
+            if words[-1] == "shapes":
+                assert words[0] == hist.COUNT[len(truth)]
+            elif len(words) > 2 and words[-1] != "shape":
+                assert " ".join(words[-2:]) in truth                            # "a small red circle": it is there
+        if " is " in caption and "there is" not in caption:
+            *_, what, _, value = caption.replace(" a ", " ").split()            # "the circle is red", "the red shape is a circle"
+            of_colour = what == "shape"
+            same = [t for t in truth if t.split()[0] == caption.split(" shape is ")[0].split()[-1]] if of_colour else [t for t in truth if t.split()[1] == what]
+            assert len(same) == 1 and value in same[0].split()
+    precision, recall, f1 = hist.subjects_found(records)
+    assert recall == 1 and precision > 0.97 and precision < f1 < 1              # "the circle is orange" gives an orange too many
+    swapped = [{**r, "said": [(p, "dog") for p, _ in r["said"]]} for r in records]
+    assert hist.subjects_found(swapped)[2] == 0
+
+
+def test_a_fifth_of_the_pairs_is_in_test_scenes_only():
+    assert len(hist.UNSEEN) == 13 and {c for c, _ in hist.UNSEEN} == set(hist.COLOURS) and {s for _, s in hist.UNSEEN} == set(hist.SHAPES)
+    o, unseen = options(), {" ".join(pair) for pair in hist.UNSEEN}
+    train, test = hist.Scenes(100_000, o, "train", False), hist.Scenes(1000, o, "held out", True)
+    assert not any(t["phrase"].split(" ", 1)[1] in unseen or "unseen" in t["tags"] for i in range(50_000, 50_200) for t in train[i]["targets"])
+    tagged = [("unseen" in t["tags"], t["phrase"].split(" ", 1)[1] in unseen) for i in range(200) for t in test[i]["targets"]]
+    assert all(a == b for a, b in tagged) and 0.1 < np.mean(tagged) < 0.3
+    for i in range(100):
+        pairs = [t["phrase"].split()[1:] for t in test[i]["targets"]]
+        for (colour, shape), t in zip(pairs, test[i]["targets"]):
+            assert ("shared_colour" in t["tags"]) == ([c for c, _ in pairs].count(colour) > 1)
+            assert ("shared_shape" in t["tags"]) == ([s for _, s in pairs].count(shape) > 1)
+
+
+def test_questions_have_one_right_answer():
+    test = hist.Scenes(1000, options(), "held out", True)
+    for i in range(200):
+        pairs = [tuple(t["phrase"].split()[1:]) for t in test[i]["targets"]]
+        for kind, cloze, choices, answer in test[i]["questions"]:
+            assert answer in choices
+            right = {"colour": lambda w: [c for c, s in pairs if s == w[1]], "shape": lambda w: [s for c, s in pairs if c == w[1]],
+                     "count": lambda w: [hist.COUNT[len(pairs)]], "is_there": lambda w: ["yes" if tuple(w[1:]) in pairs else "no"]}[kind](cloze.split())
+            assert right == [answer], (cloze, pairs)
 
 
 def test_positions_in_captions_are_true():
-    scenes, checked = hist.Scenes(2000, options(), "where", 2), 0
+    scenes, checked = hist.Scenes(2000, options(), "where", True), 0
     centre = lambda b: ((b[0] + b[2]) / 2, (b[1] + b[3]) / 2)
-    for i in range(600):
+    for i in range(900):
         record = scenes[i]
         caption, truth = record["captions"][0], {t["phrase"].split(" ", 1)[1]: t["boxes"][0] for t in record["targets"]}
         for words, sign, axis in (("left of", -1, 0), ("right of", 1, 0), ("above", -1, 1), ("over", -1, 1), ("below", 1, 1), ("under", 1, 1)):
             if f" {words} a" in caption:
-                (one, _), (two, _) = hist.phrases_of(caption)[:2]
+                (one, _), (two, _) = [p for p in record["said"] if p[1] != "shapes"][:2]
                 delta = centre(truth[" ".join(one.split()[-2:])])[axis] - centre(truth[" ".join(two.split()[-2:])])[axis]
                 assert delta * sign > -1.5, caption             # half a pixel of rounding in each box
                 checked += 1
@@ -407,7 +443,7 @@ def test_positions_in_captions_are_true():
 
 def test_held_out_scenes_are_not_training_scenes():
     o = options()
-    train, held_out = hist.Scenes(100, o, "train", 1), hist.Scenes(100, o, "held out", 2)
+    train, held_out = hist.Scenes(100, o, "train", False), hist.Scenes(100, o, "held out", True)
     pictures = {train[i]["image"].tobytes() for i in range(100)}
     assert len(pictures) == 100 and not any(held_out[i]["image"].tobytes() in pictures for i in range(100))
     assert all(len(held_out[i]["targets"]) >= 2 for i in range(100))
@@ -428,7 +464,7 @@ def test_measures_by_hand():
 def test_evaluate_against_a_model_that_knows_the_answers(monkeypatch):
     """With maps drawn from the truth every measure is perfect; with maps of the background none hits."""
     o = options()
-    records = [hist.Scenes(100, o, "answers", 2)[i] for i in range(12)]
+    records = [hist.Scenes(100, o, "answers", True)[i] for i in range(12)]
     vocabulary, _ = batch_of(o)
     model = hist.HIST(o, vocabulary)
 
@@ -441,9 +477,74 @@ def test_evaluate_against_a_model_that_knows_the_answers(monkeypatch):
         return np.array(maps), []
     asked = 0
     monkeypatch.setattr(hist, "maps_of", answers)
-    result = hist.evaluate(model, vocabulary, records, o)
+    result, pairs = hist.evaluate(model, vocabulary, records, o)
     assert result["pointing_phrases"] == result["pointing_subjects"] == result["pointing_phrases_in_mask"] == 1
-    assert result["balance"] > 0.99
+    assert result["balance"] > 0.99 and all(abs(masses[0] - masses[1]) < 0.01 for *_, masses in pairs)
     monkeypatch.setattr(hist, "maps_of", lambda *a: (lambda maps, _: (maps.max() - maps, []))(*answers(*a)))
-    result = hist.evaluate(model, vocabulary, records, o)
+    result, pairs = hist.evaluate(model, vocabulary, records, o)
     assert result["pointing_phrases"] == result["pointing_subjects"] == 0 and 0.2 < result["pointing_phrases_chance"] < 0.5
+
+
+class Oracle(torch.nn.Module):
+    """A model whose match logit is the mean of one patch of the image, and whose attention looks at that patch, or (wrong) elsewhere."""
+    prefix, grid = 0, (2, 2)
+
+    def __init__(self, right):
+        super().__init__()
+        self.right, self.scale = right, torch.nn.Parameter(torch.ones(()))
+
+    def encode_image(self, images):
+        patches = torch.nn.functional.avg_pool2d(images.float().mean(1, keepdim=True), images.shape[-1] // 2).flatten(1)
+        return None, [patches[None, :, None, :, None]]
+
+    def encode_text(self, ids):
+        return torch.zeros(*ids.shape, 1), ids >= 0, None
+
+    def match(self, T, mask, image, rows):
+        patches = image[0][0, rows, 0, :, 0]                                   # (n, 4)
+        weight = torch.tensor([4., 3, 2, 1])
+        A = (weight if self.right else weight.flip(0)).expand(len(rows), 1, T.shape[1], 4) * self.scale
+        score = patches @ weight + 0 * A.sum((1, 2, 3)) + A.mean((1, 2, 3))
+        return torch.stack([-score, score], 1), [A]
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_occlusion_agrees_with_a_map_of_what_the_score_reads_and_not_with_its_reverse(right):
+    o = options(cam_layer=0, image_size=16)
+    image = np.zeros((16, 16, 3), np.uint8)
+    image[:8, :8], image[:8, 8:], image[8:, :8], image[8:, 8:] = 250, 240, 230, 225
+    image[0, 0], grey = 250, image.reshape(-1, 3).mean(0)
+    agreement = hist.occlusion_agreement(Oracle(right), {}, image, "", o)
+    drops = [(image[y:y + 8, x:x + 8, 0].mean() - int(grey[0])) * w for (y, x), w in zip(((0, 0), (0, 8), (8, 0), (8, 8)), (4, 3, 2, 1))]
+    ranks = lambda v: np.argsort(np.argsort(v))
+    maps = [4, 3, 2, 1] if right else [1, 2, 3, 4]
+    assert agreement == pytest.approx(np.corrcoef(ranks(maps), ranks(drops))[0, 1], abs=1e-5)
+
+
+def test_reranking_asks_itm_about_the_nearest_only():
+    o, k = options(), 2
+    vocabulary, batch = batch_of(o)
+    model = hist.HIST(o, vocabulary).eval()
+    ids, images = batch["caption"]["ids"], batch["image"]
+    with torch.no_grad():
+        features, image = model.encode_image(images)
+        T, mask, text = model.encode_text(ids)
+        n = len(ids)
+        every = torch.stack([model.match(T, mask, image, torch.full((n,), i))[0].softmax(-1)[:, 1] for i in range(n)])
+    similarity = features @ text.T
+    to_text, to_image = hist.rerank(model, lambda a, b: images[a:b], T, mask, similarity, k)
+    for i in range(n):
+        near = similarity[i].topk(k).indices
+        assert to_text[i].argmax() == near[every[i, near].argmax()] and (to_text[i] > -1).sum() == k
+        near = similarity[:, i].topk(k).indices
+        assert to_image[:, i].argmax() == near[every[near, i].argmax()] and (to_image[:, i] > -1).sum() == k
+
+
+def test_ablation_table_by_hand():
+    """Differences 2, 4 and 6 points: mean 4, sd 2, and t(0.975, 2) = 4.30: 4 +- 4.97."""
+    every = [{row: {"pointing_phrases": 0.5 + 0.1 * seed + (0.02 * (seed + 1) if row == "all" else 0), "seconds": 100, "pointing_phrases_chance": 0.3}
+              for row in hist.ROWS} for seed in range(3)]
+    line = next(line for line in hist.ablation_table(every).splitlines() if "phrases" in line)
+    cells = [c.strip() for c in line.strip("|").split("|")]
+    assert cells[1] == "60.0 ± 10.0" and cells[-1] == "30.0"
+    assert cells[1 + list(hist.ROWS).index("all")] == "64.0 ± 12.0<br>+4.0 [-1.0, +9.0]"
