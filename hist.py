@@ -7,6 +7,7 @@ composites of two phrases; here they become losses. No boxes are used in trainin
     python hist.py                                          drawn scenes: no download, no GPU
     python hist.py --data coco --root PATH_TO_COCO          COCO 2017
     python hist.py --data my.jsonl                          your own images and captions
+    torchrun --nproc_per_node=4 hist.py --data coco …       four GPUs
     python hist.py --ground PICTURE "a red circle" "a blue star"
 
 Read it from top to bottom: options, data, batches, model, Grad-CAM, losses, measures, pictures, training, main.
@@ -18,30 +19,40 @@ import json
 import math
 import os
 import random
+import resource
+import shlex
+import shutil
+import signal
 import sys
 import textwrap
 import time
 import urllib.request
 import zipfile
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import timm
+import timm.data
 import torch
+import torch.distributed.nn.functional
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure                     # no pyplot: it would choose a backend for whoever imports this file
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from timm.layers import HybridEmbed
 from timm.models.vision_transformer import VisionTransformer
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 import parse as parser
+
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))         # this process, and of how many: torchrun sets them
 
 class UserError(Exception):
     """A mistake that the person at the keyboard can mend: printed as one line, exit status 2, no traceback."""
@@ -63,11 +74,13 @@ class Options:
     levels: str = option(",".join(LEVELS), "levels of the HIST training; 'caption' trains the baseline alone")
     base_steps: int = option(-1, "caption-only steps first, from which every training then goes on [scenes 1000, else 0]")
     steps: int = option(0, "optimiser steps of each training [scenes 400, else 10 epochs]")
-    batch_size: int = option(-1, "images a step [64]")
+    batch_size: int = option(-1, "images a step, over all GPUs [64]")
+    accumulate: int = option(1, "parts in which a step's batch is computed, one after the other: less memory")
     lr: float = option(0.0, "peak learning rate [scenes 2e-3, else 3e-4]")
     composition_weight: float = option(0.1, "lambda, the weight of the composition loss")
     composition_start: float = option(0.7, "share of the steps after which composition ramps in")
-    vit: str = option("", "any timm ViT, from scratch [scenes: one layer on a stem, else vit_small_patch16_224; CPU vit_tiny_…]")
+    vit: str = option("", "any timm ViT [scenes: one layer on a stem, else vit_small_patch16_224; CPU vit_tiny_…]")
+    pretrained: bool = option(False, "start --vit from timm's pretrained weights")
     image_size: int = option(-1, "side of the square image, pixels [scenes 48, else 224; CPU 160]")
     width: int = option(-1, "width of text and fusion layers [scenes 64, else 384; CPU 192]")
     text_layers: int = option(-1, "layers of the text encoder [scenes 1, else 4; CPU 2]")
@@ -77,12 +90,15 @@ class Options:
     eval_images: int = option(500, "held-out images to evaluate on; 0 all of them")
     save_every: int = option(200, "steps between checkpoints")
     workers: int = option(-1, "processes that load images [scenes 0, else one a core, 8 at most]")
+    max_bad: float = option(0.2, "share of the images, or of their captions, that may be unusable; above it the run stops")
+    compile: bool = option(False, "torch.compile the ViT")
     seed: int = option(0, "seed of weights, scenes, order and masks")
     device: str = option("auto", "auto, cpu, cuda or mps")
     resume: bool = option(False, "go on from the last checkpoint in --out, with its options")
     ablate: bool = option(False, "train every row of the ablation for --seeds seeds, and print its table")
     seeds: int = option(5, "seeds of --ablate, from --seed on")
     eval_only: bool = option(False, "evaluate the checkpoints in --out, no training")
+    bench: bool = option(False, "time a step, part by part, as levels are added; and the loader alone")
     ground: list = option(None, "draw where the last trained model looks: PICTURE PHRASE [PHRASE ...]")
 
 SCENES = dict(base_steps=1000, steps=400, batch_size=64, lr=2e-3, vit="scenes", image_size=48, width=64, text_layers=1, fusion_layers=2, workers=0)
@@ -230,15 +246,13 @@ def fetch(url, path, md5):
     part = path.with_name(path.name + ".part")
     have = part.stat().st_size if part.exists() else 0
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {}), timeout=60) as reply:
-            have = have if reply.status == 206 else 0          # 206: the server goes on from there; else from the start
-            with open(part, "ab" if have else "wb") as f, tqdm(total=have + int(reply.headers["Content-Length"] or 0), initial=have,
-                                                               unit="B", unit_scale=True, desc=path.name) as bar:
-                while block := reply.read(1 << 20):
-                    f.write(block)
-                    bar.update(len(block))
-        if bar.n < bar.total:
-            raise ConnectionError(f"the connection broke at {bar.n:,} of {bar.total:,} bytes")
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        with urllib.request.urlopen(request, timeout=60) as reply, open(part, "ab" if reply.status == 206 else "wb") as f:     # 206: it goes on from there
+            total = f.tell() + int(reply.headers["Content-Length"] or 0)
+            with tqdm.wrapattr(reply, "read", total=total, initial=f.tell(), desc=path.name) as body:
+                shutil.copyfileobj(body, f, 1 << 20)
+            if f.tell() < total:
+                raise ConnectionError(f"the connection broke at {f.tell():,} of {total:,} bytes")
     except OSError as e:
         if getattr(e, "code", 0) != 416:                       # 416: it is all here already
             raise UserError(f"{url}: {getattr(e, 'reason', e)}; what has come is kept, the same command goes on from there")
@@ -263,51 +277,111 @@ def download_coco(root):
         (root / "unpacking" / folder).rename(root / folder)
         archive.unlink()
 
-def read_coco(root, split):
-    """Records of COCO 2017: "train" with captions, "val" with targets too (the instances of each category in an image)."""
+class Skipped:
+    """What a run leaves out, each with its kind, "image", "caption" or "annotation", and the reason: counted, and listed in OUT/skipped.jsonl."""
+    def __init__(self, o):
+        self.path, self.limit, self.entries = Path(o.out) / "skipped.jsonl", o.max_bad, {}
+
+    def add(self, kind, what, why):
+        self.entries[kind, str(what)] = why
+
+    def check(self, **total):
+        """Write the list, and raise UserError where it has more than --max-bad of a kind's total: check(image=118287)."""
+        lines = [json.dumps({"kind": kind, "what": what, "why": why}) + "\n" for (kind, what), why in self.entries.items()]
+        known = set(self.path.read_text().splitlines(keepends=True)) if self.path.exists() else set()
+        if set(lines) - known:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a") as f:
+                f.writelines(line for line in lines if line not in known)
+        for kind, n in total.items():
+            bad = [f"{what}: {why}" for (k, what), why in self.entries.items() if k == kind]
+            if len(bad) > self.limit * n:
+                raise UserError(f"{len(bad)} of {n} {kind}s are unusable, more than --max-bad {self.limit}; {self.path} lists them, the last is {bad[-1]}")
+
+def read_json(path, *names):
+    """The lists of these names in a JSON file; raises UserError with the file, the line and what is wrong."""
+    try:
+        read = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}, line {getattr(e, 'lineno', 1)}: not JSON: {getattr(e, 'msg', e)}")
+    for name in names:
+        if not isinstance(read, dict) or not isinstance(read.get(name), list) or not all(isinstance(entry, dict) for entry in read[name]):
+            raise UserError(f'{path}, line 1: it should be an object with a list "{name}" of objects, as COCO\'s files are')
+    return [read[name] for name in names]
+
+def read_coco(root, split, skipped=None):
+    """Records of COCO 2017: "train" with captions, "val" with targets too (the instances of each category in an image).
+
+    Boxes and masks are in the pixels as they are stored, not as an EXIF tag would turn them, and so are images read. What cannot be
+    used goes to skipped; UserError where nothing can.
+    """
     captions, instances, folder = (root / name.format(split) for name in ("annotations/captions_{}2017.json", "annotations/instances_{}2017.json", "{}2017"))
     missing = [str(p) for p in (captions, instances, folder) if not p.exists()]
     if missing:
         raise UserError(f"no COCO 2017 in {root}: there is no {', no '.join(missing)}. Point --root at the folder that holds train2017/, "
                         "val2017/ and annotations/, or add --download to fetch it (20 GB), or see https://cocodataset.org/#download")
-    said, there = json.loads(captions.read_text()), set(os.listdir(folder))
-    records = {image["id"]: {"image": folder / image["file_name"], "captions": [], "targets": {}}
-               for image in said["images"] if image["file_name"] in there}             # a name that leads elsewhere is not in there
-    for a in said["annotations"]:
-        if a["image_id"] in records:
-            records[a["image_id"]]["captions"].append(a["caption"].strip())
+    skipped, (images, said), there = skipped or Skipped(Options()), read_json(captions, "images", "annotations"), set(os.listdir(folder))
+    records, listed, truth = {}, {}, ()
+    for image in images:
+        i, name = str(image.get("id")), image.get("file_name")
+        why = ("an image needs an id and a file_name" if "id" not in image or not isinstance(name, str) else
+               "its file_name leads out of the folder" if Path(name).name != name else "its id is there twice" if i in listed else
+               "there is no such file" if name not in there else "")
+        if why:
+            skipped.add("image", f"{folder / 'image'} {i}, {name}", why)
+        else:
+            records[i] = {"image": folder / name, "captions": [], "targets": {}}
+        listed[i] = image
     if split == "val":
-        truth = json.loads(instances.read_text())
-        size = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
-        names = {c["id"]: c["name"] for c in truth["categories"]}
-        for a in truth["annotations"]:
-            if a["image_id"] in records:
-                name, (x, y, w, h) = names[a["category_id"]], a["bbox"]
-                t = records[a["image_id"]]["targets"].setdefault(
-                    name, {"phrase": name, "boxes": [], "mask": {"size": size[a["image_id"]], "parts": []}})
-                t["boxes"].append([x, y, x + w, y + h])
-                t["mask"]["parts"].append(a["segmentation"])
-    records = [{**r, "targets": list(r["targets"].values())} for r in records.values() if r["captions"]]
+        truth, categories = read_json(instances, "annotations", "categories")
+        names = {c.get("id"): c.get("name") for c in categories}
+    for kind, path, annotations in ("caption", captions, said), ("annotation", instances, truth):
+        seen = set()
+        for n, a in enumerate(annotations):
+            try:
+                i, number = str(a["image_id"]), str(a.get("id", f"no. {n}"))
+                if i not in listed or number in seen:
+                    raise ValueError(f"there is no image {i}" if i not in listed else "its id is there twice")
+                seen.add(number)
+                if kind == "caption":
+                    if not isinstance(a["caption"], str) or not a["caption"].strip():
+                        raise ValueError(f"a caption must be text, not {a['caption']!r}")
+                    if i in records:
+                        records[i]["captions"].append(a["caption"].strip())
+                elif i in records:
+                    name, (x, y, w, h), part = names[a["category_id"]], a["bbox"], a["segmentation"]
+                    height, width = listed[i]["height"], listed[i]["width"]
+                    box = [max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)]
+                    if not (box[0] < box[2] and box[1] < box[3]):
+                        raise ValueError(f"its box {a['bbox']} has no pixel in the image of {width} x {height}")
+                    t = records[i]["targets"].setdefault(name, {"phrase": name, "boxes": [], "mask": {"size": (height, width), "parts": []}})
+                    t["boxes"].append(box)
+                    t["mask"]["parts"].append(part)
+            except (KeyError, TypeError, ValueError) as e:
+                skipped.add(kind, f"{path}: {kind} {n}, id {a.get('id')}", f"it has no {e}" if isinstance(e, KeyError) else str(e))
+    for i in [i for i, r in records.items() if not r["captions"]]:
+        skipped.add("image", records.pop(i)["image"], "no caption of it can be used")
     if not records:
         raise UserError(f"{folder} holds none of the images that {captions} names")
-    if len(records) < len(said["images"]):
-        print(f"{folder}: {len(said['images']) - len(records)} of {len(said['images'])} images have no file or no caption: left out", file=sys.stderr)
-    return records
+    if len(records) < len(images):
+        print(f"{folder}: {len(images) - len(records)} of {len(images)} images have no file or no caption: left out", file=sys.stderr)
+    skipped.check(image=len(images), caption=len(said), annotation=len(truth))
+    return [{**r, "targets": list(r["targets"].values())} for r in records.values()]
 
 def decode_mask(mask):
-    """A target's mask as a boolean array (height, width).
+    """A target's mask as a boolean array (height, width); raises ValueError or TypeError where it is none.
 
     mask: an array; or {"size": [height, width], "parts": […]}, a part being COCO's polygons [[x, y, x, y, …], …] or its
     uncompressed run lengths {"counts": [zeros, ones, zeros, …], "size": [height, width]} down the columns (crowds).
     """
     if isinstance(mask, np.ndarray):
         return mask
-    drawn = Image.new("1", mask["size"][::-1])
-    runs = np.zeros(mask["size"], dtype=bool)
+    drawn, runs = Image.new("1", mask["size"][::-1]), np.zeros(mask["size"], dtype=bool)
     for part in mask["parts"]:
         if isinstance(part, dict):
-            flat = np.repeat(np.arange(len(part["counts"])) % 2 == 1, part["counts"])
-            runs |= flat.reshape(part["size"][::-1]).T
+            if isinstance(part["counts"], str) or sum(part["counts"]) != runs.size:
+                raise ValueError(f"its run lengths are compressed, or not of {runs.size} pixels")
+            runs |= np.repeat(np.arange(len(part["counts"])) % 2 == 1, part["counts"]).reshape(runs.shape[::-1]).T
         else:
             for polygon in part:
                 ImageDraw.Draw(drawn).polygon(polygon, fill=1)
@@ -362,10 +436,30 @@ def load_data(o):
     if o.data == "coco":
         if o.download:
             download_coco(Path(o.root))
-        return read_coco(Path(o.root), "train"), read_coco(Path(o.root), "val")
+        return [read_coco(Path(o.root), split, Skipped(o)) for split in ("train", "val")]
     if not Path(o.data).is_file():
         raise UserError(f"--data {o.data}: neither scenes, coco, nor a file")
     return read_jsonl(Path(o.data))
+
+def readable(records, o):
+    """The held-out records to evaluate on: of the first --eval-images those whose picture can be read; a mask that cannot be gives way to its boxes."""
+    records, kept, skipped = [records[i] for i in range(min(len(records), o.eval_images or len(records)))], [], Skipped(o)
+    for r in records:
+        try:
+            size = load_pixels(r["image"]).shape[:2]
+        except UserError as e:
+            skipped.add("image", r["image"], str(e))
+            continue
+        kept.append({**r, "targets": [dict(t) for t in r["targets"]]})
+        for t in kept[-1]["targets"]:
+            try:
+                if t.get("mask") is not None and decode_mask(t["mask"]).shape != size:
+                    raise ValueError(f"it has {t['mask']['size']} pixels, the image {list(size)}")
+            except (KeyError, TypeError, ValueError) as e:
+                t["mask"] = None
+                skipped.add("annotation", f"{r['image']}: the mask of {t['phrase']}", str(e))
+    skipped.check(image=len(records), annotation=sum(len(r["targets"]) for r in records))
+    return kept
 
 # -------------------------------------------------------------------------------------------- samples and batches
 PAD, CLS, MASK, UNK = range(4)
@@ -404,6 +498,20 @@ def phrases_of(caption):
     """[(phrase, subject), …] of a caption."""
     return [(p.text, p.subject) for p in parser.parse(caption).phrases]
 
+def cached(what, captions, make, o):
+    """make(), or what it returned for the same captions and the same parse.py before: JSON beside the run's folder, for other runs too."""
+    if not o.out:
+        return make()
+    key = hashlib.sha256(json.dumps([what, captions]).encode() + Path(parser.__file__).read_bytes()).hexdigest()[:16]
+    path = Path(o.out).parent / f"captions-{key}.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        made = make()
+        if not RANK:
+            write_whole(path, json.dumps(made))
+        return made
+
 def read_given(path):
     """{caption: [(phrase, subject), …]} of a file of parses; UserError where it is no such file."""
     try:
@@ -416,11 +524,17 @@ def key(text):
     words = text.lower().split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
 
-def load_pixels(image):
-    """A path or an array as an array (H, W, 3) uint8."""
+def load_pixels(image, upright=False):
+    """A path or an array as an array (H, W, 3) uint8; as it is stored, or upright as its EXIF tag says. UserError where it is no picture."""
+    if isinstance(image, np.ndarray):
+        return image
     try:
-        return image if isinstance(image, np.ndarray) else np.array(Image.open(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:      # as PIL has it
+        with Image.open(image) as picture:
+            picture = ImageOps.exif_transpose(picture) if upright else picture
+            if picture.mode.startswith("I"):                   # 16 bits: convert() cuts at 255, and all is white
+                picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+            return np.array(picture.convert("RGB"))
+    except Exception as e:                                     # PIL has as many exceptions as there are ways to be no picture
         raise UserError(f"{image}: not readable as a picture ({e})")
 
 def read_image(image, side, crop=None):
@@ -439,23 +553,34 @@ def epoch_order(n, seed, epoch):
 
 class Samples(Dataset):
     """What one image gives to a step, by its position in the run: pixels, a caption, one phrase of it, that phrase's subject, and a
-    composite of two of its phrases. A caption without a phrase gives the caption alone, one with a single phrase no composite."""
+    composite of two of its phrases. A caption without a phrase gives the caption alone, one with a single phrase no composite.
+
+    Of each batch a rank reads its own run of images, and the texts of all: every rank draws the same negatives from them.
+    """
     def __init__(self, records, vocabulary, o):
-        self.records, self.vocabulary, self.o = records, vocabulary, o
-        if not isinstance(records, Scenes):                    # each caption is parsed once
+        self.records, self.vocabulary, self.o, self.scenes = records, vocabulary, o, isinstance(records, Scenes)
+        if not self.scenes:                                    # each caption is parsed once
             given = read_given(o.parses) if o.parses else {}
-            captions = [[c.strip() for c in r["captions"]] for r in records]
-            self.parses = [[given[c] if c in given else phrases_of(c) for c in row] for row in tqdm(captions, desc="parsing", unit="img")]
+            rows = [[c.strip() for c in r["captions"]] for r in records]
+            parsed = cached("parses", rows, lambda: [[phrases_of(c) for c in row] for row in tqdm(rows, desc="parsing", unit="img")], o)
+            self.parses = [[given.get(c, phrases) for c, phrases in zip(*both)] for both in zip(rows, parsed)]
             if o.parses:
-                known = [c in given for row in captions for c in row]
+                known = [c in given for row in rows for c in row]
                 print(f"{o.parses}: parses of {sum(known)} of {len(known)} captions; the rest by the rules")
 
-    def __getitem__(self, position):
+    def index(self, position):
+        """Which record is at a position of the run."""
         epoch, i = divmod(position, len(self.records))
-        rng, scenes = random.Random(f"{self.o.seed} {position}"), isinstance(self.records, Scenes)
-        i = i if scenes else epoch_order(len(self.records), self.o.seed, epoch)[i]
+        return i if self.scenes else epoch_order(len(self.records), self.o.seed, epoch)[i]
+
+    def names(self, positions):
+        """The images at these positions of the run, for a message."""
+        return ", ".join(f"scene {self.index(p)}" if self.scenes else str(self.records[self.index(p)]["image"]) for p in positions)
+
+    def __getitem__(self, position):
+        i, rng, side = self.index(position), random.Random(f"{self.o.seed} {position}"), self.o.image_size
         record = self.records[i]
-        parses = [phrases_of(c) for c in record["captions"]] if scenes else self.parses[i]
+        parses = [phrases_of(c) for c in record["captions"]] if self.scenes else self.parses[i]
         n, all_phrases = rng.randrange(len(parses)), [p for phrases in parses for p in phrases]
         text, composite = {"caption": record["captions"][n]}, ()
         if parses[n]:
@@ -464,33 +589,43 @@ class Samples(Dataset):
             if others:
                 one, two = sorted((text["phrase"], rng.choice(others)), key=text["caption"].index)
                 composite = one, two, f"{one} and {two}"
-        ids = {level: encode(self.vocabulary, t) for level, t in text.items()}
-        return {"image": read_image(record["image"], self.o.image_size, None if scenes else rng), "text": text, "ids": ids,
+        ids, image, bad = {level: encode(self.vocabulary, t) for level, t in text.items()}, None, ""
+        if position * RANKS // (self.o.batch_size // self.o.accumulate) % RANKS == RANK:
+            try:
+                image = read_image(record["image"], side, None if self.scenes else random.Random(f"crop {self.o.seed} {position}"))
+            except UserError as e:                             # grey, and marked: nothing is learnt from it
+                image, bad = torch.full((3, side, side), 127, dtype=torch.uint8), str(e)
+        return {"image": image, "bad": bad, "name": record["image"], "text": text, "ids": ids,
                 "masked": {level: mask_words(row, rng, len(self.vocabulary)) for level, row in ids.items()},
                 "composite": [encode(self.vocabulary, t) for t in composite],
                 "keys": {"caption": {key(c) for c in record["captions"]}, "phrase": {key(p) for p, _ in all_phrases},
                          "subject": {key(s) for _, s in all_phrases}}}
 
 def collate(samples):
-    """Samples as a batch: image (B, 3, side, side) uint8; for each level n <= B texts: ids, masked, labels (n, L), rows (n,) of their images.
+    """Samples as a batch: image (own images, 3, side, side) uint8; for each level n <= B texts: ids, masked, labels (n, L), rows (n,) of their images.
 
     positives (B, n): whether the parse of an image has a text, be it another image's: "a dog" describes every picture of one.
+    own: which of the n texts belong to own images, a slice. Where an image is not readable also "good" (own images,), and "bad": {name: why}.
     """
-    batch = {"image": torch.stack([s["image"] for s in samples])}
+    mine = [i for i, s in enumerate(samples) if s["image"] is not None]
+    batch, own = {"image": torch.stack([samples[i]["image"] for i in mine])}, lambda rows: slice(*(sum(i < end for i in rows) for end in (mine[0], mine[-1] + 1)))
+    if any(s["bad"] for s in samples):
+        batch.update(good=torch.tensor([not samples[i]["bad"] for i in mine]), bad={str(s["name"]): s["bad"] for s in samples if s["bad"]})
     for level in LEVELS[:3]:
         rows = [i for i, s in enumerate(samples) if level in s["ids"]]
         if rows:
             keys = [key(samples[i]["text"][level]) for i in rows]
             masked, labels = zip(*(samples[i]["masked"][level] for i in rows))
-            batch[level] = {"rows": torch.tensor(rows), "ids": pad([samples[i]["ids"][level] for i in rows]), "masked": pad(masked),
+            batch[level] = {"rows": torch.tensor(rows), "ids": pad([samples[i]["ids"][level] for i in rows]), "masked": pad(masked), "own": own(rows),
                             "labels": pad(labels, -100), "positives": torch.tensor([[k in s["keys"][level] for k in keys] for s in samples])}
     rows = [i for i, s in enumerate(samples) if s["composite"]]
     if rows:                                                   # the first parts, the second parts, the composites: (3 n, L)
-        batch["composition"] = {"rows": torch.tensor(rows), "ids": pad([samples[i]["composite"][part] for part in range(3) for i in rows])}
+        ids = pad([samples[i]["composite"][part] for part in range(3) for i in rows])
+        batch["composition"] = {"rows": torch.tensor(rows), "ids": ids, "own": own(rows)}
     return batch
 
 def to_device(batch, device):
-    return {k: to_device(v, device) if isinstance(v, dict) else v.to(device, non_blocking=True) for k, v in batch.items()}
+    return {k: to_device(v, device) if isinstance(v, dict) else v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 # ---------------------------------------------------------------------------------------------------------- model
 class Attention(nn.Module):
@@ -503,13 +638,13 @@ class Attention(nn.Module):
     def keys_values(self, source):
         """source (B, N, source_width) -> (2, B, heads, N, d)."""
         B, N, _ = source.shape
-        return self.key_value(source).view(B, N, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return self.key_value(source).view(B, N, 2, self.heads, self.query.in_features // self.heads).permute(2, 0, 3, 1, 4)
 
     def forward(self, x, keys_values, mask=None):
         """x (B, L, width) looks at (2, B, heads, N, d), where mask (B, N) is True: returns (B, L, width), A (B, heads, L, N)."""
         B, L, width = x.shape
         keys, values = keys_values
-        q = self.query(x).view(B, L, self.heads, -1).transpose(1, 2)                       # (B, heads, L, d)
+        q = self.query(x).view(B, L, self.heads, width // self.heads).transpose(1, 2)                       # (B, heads, L, d)
         scores = q @ keys.transpose(-2, -1) / math.sqrt(q.shape[-1])                       # (B, heads, L, N)
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
@@ -550,11 +685,16 @@ class HIST(nn.Module):
     def __init__(self, o, vocabulary):
         super().__init__()
         try:
-            self.vit = scenes_vit(o) if o.vit == "scenes" else timm.create_model(o.vit, num_classes=0, img_size=o.image_size)
-        except Exception as e:                                 # timm has as many exceptions as models
-            raise UserError(f"--vit {o.vit} --image-size {o.image_size}: {e}")
+            self.vit = scenes_vit(o) if o.vit == "scenes" else timm.create_model(o.vit, pretrained=o.pretrained, num_classes=0, img_size=o.image_size)
+        except Exception as e:                                 # timm has as many exceptions as models, and the network more
+            raise UserError(f"--vit {o.vit} --image-size {o.image_size}{' --pretrained (fetched once, by way of the network)' * o.pretrained}: {e}")
         if not all(hasattr(self.vit, part) for part in ("patch_embed", "blocks", "num_prefix_tokens")):
             raise UserError(f"--vit {o.vit} is no ViT; timm.list_models('vit*') lists them")
+        if any(o.image_size % p for p in self.vit.patch_embed.patch_size):
+            raise UserError(f"--image-size {o.image_size}: {o.vit} needs a multiple of its patch, {self.vit.patch_embed.patch_size[0]}")
+        like = timm.data.resolve_model_data_config(self.vit) if o.vit != "scenes" else {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+        self.register_buffer("scale", 255 * torch.tensor(like["std"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.tensor(like["mean"]).view(3, 1, 1) / torch.tensor(like["std"]).view(3, 1, 1), persistent=False)
         self.grid, self.prefix, D = self.vit.patch_embed.grid_size, self.vit.num_prefix_tokens, self.vit.embed_dim
         self.words = nn.Embedding(len(vocabulary), o.width)
         self.places = nn.Parameter(0.02 * torch.randn(MAX_TOKENS, o.width))
@@ -570,16 +710,16 @@ class HIST(nn.Module):
 
     def encode_image(self, images):
         """images (B, 3, side, side) uint8 -> ITC features (B, 256), and keys and values for each fusion layer [(2, B, heads, N, d), …]."""
-        V = self.vit.forward_features(images.float() / 127.5 - 1)                          # (B, N, D), [CLS] first if there is one
+        V = self.vit.forward_features((images / self.scale - self.shift).float())          # (B, N, D), [CLS] first if there is one
         pooled = self.vit.forward_head(V, pre_logits=True)                                 # (B, D): [CLS], mean or max, as this ViT pools
-        return F.normalize(self.image_projection(pooled), dim=-1), [f.cross_attention.keys_values(V) for f in self.fusion]
+        return F.normalize(self.image_projection(pooled).float(), dim=-1), [f.cross_attention.keys_values(V) for f in self.fusion]
 
     def encode_text(self, ids):
         """ids (n, L) -> token states (n, L, width), mask (n, L), ITC features (n, 256)."""
         mask, T = ids != PAD, self.words(ids) + self.places[:ids.shape[1]]
         for layer in self.text:
             T, _ = layer(T, mask)
-        return T, mask, F.normalize(self.text_projection(T[:, 0]), dim=-1)
+        return T, mask, F.normalize(self.text_projection(T[:, 0]).float(), dim=-1)
 
     def fuse(self, T, mask, image, rows):
         """Texts (n, L, width) with the images of these rows (n,) -> states (n, L, width), cross-attentions [(n, heads, L, N), …]."""
@@ -593,6 +733,18 @@ class HIST(nn.Module):
         """Match logits (n, 2) of texts with the images of these rows, and the cross-attentions behind them."""
         states, maps = self.fuse(T, mask, image, rows)
         return self.match_head(states[:, 0]), maps
+
+    def forward(self, *batch_and_settings):
+        """training_losses: what DistributedDataParallel calls."""
+        return training_losses(self, *batch_and_settings)
+
+def gather(x, dim=0):
+    """x of every rank in turn, with gradients; of a single process, x."""
+    return x if RANKS == 1 else torch.cat(torch.distributed.nn.functional.all_gather(x.contiguous()), dim)
+
+def share(loss, weight, total):
+    """A mean over a rank's own texts, weighing weight of total: the mean over ranks of what this returns is the mean over all texts."""
+    return loss if RANKS == 1 else loss * RANKS * weight / total.clamp(min=1e-12)
 
 # ------------------------------------------------------------------------------------------------------- Grad-CAM
 def grad_cam(attention, score, mask, grid, prefix=1, create_graph=False):
@@ -662,38 +814,47 @@ def training_losses(model, batch, levels, hardness, cam_layer):
 
     The image is encoded once, and its keys and values projected once a fusion layer: every text of every level, and every
     negative, looks at the same ones. Figures: the composites' map_mass (sum of M) and map_entropy (1: flat) show a collapse.
+    Each rank encodes its own images, and gathers those of all; fuses its own images' texts, and their negatives from anywhere.
     """
     losses, figures = {}, {}
-    image_features, image = model.encode_image(batch["image"])
-    temperature = model.log_temperature.exp().clamp(0.01, 1)
+    own_features, own_image = model.encode_image(batch["image"])
+    image_features, image = gather(own_features), [gather(keys_values, 1) for keys_values in own_image]
+    good = gather(batch.get("good", torch.ones_like(own_features[:, 0], dtype=torch.bool)))
+    temperature, device = model.log_temperature.exp().clamp(0.01, 1), good.device
     for level in [level for level in LEVELS[:3] if level in levels and level in batch]:
-        text = batch[level]
-        rows, positives, n = text["rows"], text["positives"], len(text["rows"])
+        text, own = batch[level], batch[level]["own"]
+        rows, n = text["rows"], len(text["rows"])
+        positives, never = text["positives"] & good[:, None] & good[rows], text["positives"] | ~good[:, None]
         T, mask, text_features = model.encode_text(text["ids"])
-        losses[f"{level}_itc"] = itc_loss(image_features, text_features, positives, temperature)
-        with torch.no_grad():                                                # a wrong image for each text, a wrong text for its image
-            similarity = image_features @ text_features.T / temperature
-            wrong_image, some_image = draw_negatives(similarity.T, positives.T, hardness)
-            wrong_text, some_text = draw_negatives(similarity[rows], positives[rows], hardness)
-        every = torch.arange(n, device=rows.device)
-        texts, images = torch.cat([every, every, wrong_text]), torch.cat([rows, wrong_image, rows])
+        with torch.autocast(device.type, enabled=False):                     # bfloat16 is too coarse for a similarity over 0.07
+            losses[f"{level}_itc"] = itc_loss(image_features, text_features, positives, temperature)
+            with torch.no_grad():                                            # a wrong image for each text, a wrong text for its image
+                similarity = image_features @ text_features.T / temperature
+                wrong_image, some_image = draw_negatives(similarity.T, never.T, hardness)
+                wrong_text, some_text = draw_negatives(similarity[rows], never[rows], hardness)
+        every = torch.arange(n, device=device)
+        texts, images = torch.stack([every, every, wrong_text])[:, own].flatten(), torch.stack([rows, wrong_image, rows])[:, own].flatten()
+        weight = torch.stack([good[rows], some_image & good[rows], some_text])
         logits, _ = model.match(T[texts], mask[texts], image, images)
-        losses[f"{level}_itm"] = itm_loss(logits, (torch.arange(3 * n, device=rows.device) < n).long(),
-                                          torch.cat([torch.ones_like(every, dtype=torch.bool), some_image, some_text]))
+        labels = (torch.arange(len(texts), device=device) < len(texts) // 3).long()
+        losses[f"{level}_itm"] = share(itm_loss(logits, labels, weight[:, own].flatten()), weight[:, own].sum(), weight.sum())
         if level != "subject":                                               # a subject is one word: nothing would be left to guess it from
-            states, _ = model.fuse(*model.encode_text(text["masked"])[:2], image, rows)
-            losses[f"{level}_mlm"] = mlm_loss(model.word_head(states), text["labels"])
+            states, _ = model.fuse(*model.encode_text(text["masked"][own])[:2], image, rows[own])
+            labels = text["labels"].masked_fill(~good[rows, None], -100)
+            losses[f"{level}_mlm"] = share(mlm_loss(model.word_head(states), labels[own]), (labels[own] != -100).sum(), (labels != -100).sum())
     if "composition" in levels and "composition" in batch:
-        ids, rows = batch["composition"]["ids"], batch["composition"]["rows"]
-        with torch.autocast(rows.device.type, enabled=False):                # a loss on a gradient wants all of float32
+        own, ids = batch["composition"]["own"], batch["composition"]["ids"]
+        rows, ids = batch["composition"]["rows"][own], ids.view(3, -1, ids.shape[1])[:, own].flatten(0, 1)
+        with torch.autocast(device.type, enabled=False):                     # a loss on a gradient wants all of float32
             image, n = [keys_values.float() for keys_values in image], len(rows)
             T, mask, _ = model.encode_text(ids)
             parts, found = locate(model, T[:2 * n].detach(), mask[:2 * n], [kv.detach() for kv in image], rows.repeat(2), cam_layer)
             whole, _ = locate(model, T[2 * n:], mask[2 * n:], image, rows, cam_layer, create_graph=True)
-            losses["composition"] = composition_loss(parts[:n], parts[n:], whole, found[:n] * found[n:])
-        share = whole.detach().flatten(1) / whole.detach().flatten(1).sum(1, keepdim=True).clamp(min=1e-12)
-        figures = {"map_mass": whole.detach().flatten(1).sum(1).mean(), "pair_weight": (found[:n] * found[n:]).mean(),
-                   "map_entropy": torch.special.entr(share).sum(1).mean() / math.log(share.shape[1])}
+            weight = found[:n] * found[n:] * good[rows]
+            losses["composition"] = share(composition_loss(parts[:n], parts[n:], whole, weight), weight.sum(), gather(weight.sum()[None]).sum())
+        mass = whole.detach().flatten(1).sum(1, keepdim=True)
+        figures = {"map_mass": mass.mean(), "pair_weight": weight.mean(),
+                   "map_entropy": torch.special.entr(whole.detach().flatten(1) / mass.clamp(min=1e-12)).sum(1).mean() / math.log(math.prod(model.grid))}
     return losses, figures
 
 # ------------------------------------------------------------------------------------------------------- measures
@@ -920,23 +1081,67 @@ def draw_curves(metrics, path):
     figure.savefig(path, dpi=100)
 
 # ------------------------------------------------------------------------------------------------------- training
+def write_whole(path, data):
+    """Write text, or an object as torch.save does, to a temporary file that then becomes path: what path names is whole, or as it was before."""
+    part = path.with_name(path.name + ".tmp")
+    try:
+        with open(part, "wb") as f:
+            f.write(data.encode()) if isinstance(data, str) else torch.save(data, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:                       # torch.save calls a full disk a RuntimeError
+        part.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written: {str(e).splitlines()[0]}; " + ("the one before is kept" if path.exists() else "there was none before"))
+
 def load_checkpoint(path, device="cpu"):
+    """What torch.save wrote, no code run; UserError where path is no checkpoint of this program."""
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         return saved if saved["model"] and saved["options"] else None
     except Exception as e:                                     # torch.load has as many exceptions as there are ways to be no checkpoint
         raise UserError(f"{path} is no checkpoint of hist.py: {repr(e).splitlines()[0][:200]}")
 
+def read_metrics(path):
+    """The objects of metrics.jsonl; a last line cut short, by a kill or a full disk, is left out."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+
+def peak_memory(o):
+    """The most memory, in GiB, that this process has held: the GPU's, or else the machine's."""
+    if o.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
 def restore(path, o):
     """(model, vocabulary, checkpoint) from a checkpoint file and options that fit it."""
     saved = load_checkpoint(path, o.device)
     vocabulary = {w: i for i, w in enumerate(saved["vocabulary"])}
-    model = HIST(o, vocabulary).to(o.device)
+    model = HIST(replace(o, pretrained=False), vocabulary).to(o.device)
     try:
         model.load_state_dict(saved["model"])
     except RuntimeError as e:
         raise UserError(f"{path} does not fit the options given: {str(e).splitlines()[1].strip()}")
     return model, vocabulary, saved
+
+def ignore_interrupt(worker):
+    """Ctrl-C is the main process's to answer: a process that loads images goes on with the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+def loader(samples, o, start, end):
+    """The batches, or the --accumulate parts of them, of positions start to end of the run; one iterator keeps its processes to the end."""
+    return iter(DataLoader(samples, batch_size=o.batch_size // o.accumulate, sampler=range(start, end), collate_fn=collate, num_workers=o.workers,
+                           pin_memory=o.device == "cuda", prefetch_factor=4 if o.workers else None, worker_init_fn=ignore_interrupt,
+                           generator=torch.Generator()))       # its own generator: ours is the checkpoint's
+
+@contextmanager
+def interrupts():
+    """A list in which Ctrl-C leaves a mark, so that it cuts no step in two; a second Ctrl-C is not waited for."""
+    stop, usual = [], signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, usual)))
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 def train(name, levels, samples, o, steps, base=None):
     """Train one model with these levels, or go on from its checkpoint; returns (model, seconds of training).
@@ -955,52 +1160,78 @@ def train(name, levels, samples, o, steps, base=None):
             raise UserError(f"{path} was trained on other captions: --resume goes on with the same --data")
     elif base:
         model, _, _ = restore(base, o)
+    if RANKS > 1 and cuda:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if o.compile:                                              # the ViT alone: text has a new length each step, and Grad-CAM a second derivative
+        model.vit.forward_features = torch.compile(model.vit.forward_features)
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr / (2 if base else 1), weight_decay=0.02, betas=(0.9, 0.98), fused=o.device != "mps")
     warmup = max(1, min(100, steps // 10))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / warmup) * max(
         0.01, (1 + math.cos(math.pi * step / max(1, steps))) / 2))
-    loader = DataLoader(samples, batch_size=B, sampler=range((first + start) * B, (first + steps) * B), collate_fn=collate, num_workers=o.workers,
-                        pin_memory=cuda, generator=torch.Generator())                      # its own generator: ours is the checkpoint's
+    batches = loader(samples, o, (first + start) * B, (first + steps) * B)
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         torch.set_rng_state(saved["random"]["cpu"].cpu())
         if cuda and saved["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(saved["random"]["cuda"].cpu())
-    kept = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    metrics.write_text("".join(json.dumps(k) + "\n" for k in kept if k["run"] != name or k["step"] <= start and "losses" in k))
+    if not RANK:
+        kept = [k for k in read_metrics(metrics) if k["run"] != name or k["step"] <= start and "losses" in k]
+        write_whole(metrics, "".join(json.dumps(k) + "\n" for k in kept))
+    whole = DistributedDataParallel(model, find_unused_parameters=True) if RANKS > 1 else model
     model.train()
-    waiting, begun = [], time.time() - seconds
-    with open(metrics, "a") as log, tqdm(total=steps * B, initial=start * B, unit="img", desc=name, smoothing=0.05) as bar:
-        for step, batch in enumerate(loader, start):
+    waiting, begun, skipped, kept = [], time.time() - seconds, Skipped(o), start
+    with (open(metrics, "a") as log, interrupts() as stop,
+          tqdm(total=steps * B, initial=start * B, unit="img", desc=name, smoothing=0.05, disable=RANK > 0) as bar):
+        for step in range(start, steps):
             done = (first + step) / (o.base_steps + o.steps)               # of the whole, base and what follows
             hardness = 0.5 * min(1, max(0, (done - 0.5) / 0.3))    # hard negatives from the first step leave the match head at chance
             weight = o.composition_weight * min(1, max(0, (done - o.composition_start) / 0.1))
-            now = [level for level in levels if level != "composition" or weight > 0]
-            with torch.autocast(o.device, torch.bfloat16, enabled=cuda):
-                losses, figures = training_losses(model, to_device(batch, o.device), now, hardness, o.cam_layer)
-            loss = sum((weight * v if k == "composition" else v for k, v in losses.items()), start=0 * model.log_temperature)
+            now, shown = [level for level in levels if level != "composition" or weight > 0], {}
             optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for part in range(o.accumulate):
+                batch = next(batches)
+                for image, why in batch.pop("bad", {}).items():
+                    skipped.add("image", image, why)
+                whole.require_backward_grad_sync = part == o.accumulate - 1       # ranks average their gradients once a step
+                with torch.autocast(o.device, torch.bfloat16, enabled=cuda):
+                    losses, figures = whole(to_device(batch, o.device), now, hardness, o.cam_layer)
+                loss = sum((weight * v if k == "composition" else v for k, v in losses.items()), start=0 * model.log_temperature)
+                (loss / o.accumulate).backward()
+                for k, v in (losses | figures).items():
+                    shown[k] = shown.get(k, 0) + v.detach() / o.accumulate
+            shown["gradient"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            waiting.append((step + 1, {k: v.detach() for k, v in losses.items()}, figures))
+            waiting.append((step + 1, shown))
             bar.update(B)
-            save = step + 1 == steps or (step + 1) % o.save_every == 0
+            save = step + 1 == steps or (step + 1) % o.save_every == 0 or stop
             if save or len(waiting) == 10:                     # the only wait for the device, once in ten steps
-                for n, losses, figures in waiting:
-                    log.write(json.dumps({"run": name, "step": n, "losses": {k: round(float(v), 5) for k, v in losses.items()},
-                                          **{k: float(v) for k, v in figures.items()}}) + "\n")
-                bar.set_postfix_str(" ".join(f"{k} {float(v):.2f}" for k, v in losses.items()))
+                values = torch.stack([v.float() for _, shown in waiting for v in shown.values()])
+                if RANKS > 1:
+                    torch.distributed.all_reduce(values)
+                values = iter((values / RANKS).tolist())
+                for n, shown in waiting:
+                    shown = {k: next(values) for k in shown}
+                    losses = {k: round(v, 5) for k, v in shown.items() if k.split("_")[0] in LEVELS}
+                    wrong = [k for k, v in (losses | {"gradient": shown["gradient"]}).items() if not math.isfinite(v)]
+                    if wrong:
+                        raise UserError(f"step {n} of {name}: {', '.join(wrong)} not finite; {path} {f'is of step {kept}' if kept else 'is not written yet'}; "
+                                        f"a lower --lr may help, or see the images of that step: {samples.names(range((first + n - 1) * B, (first + n) * B))}")
+                    if not RANK:
+                        log.write(json.dumps({"run": name, "step": n, "losses": losses, **{k: v for k, v in shown.items() if k not in losses}}) + "\n")
+                bar.set_postfix_str(" ".join(f"{k} {v:.2f}" for k, v in losses.items()))
                 waiting = []
+                skipped.check(image=len(samples.records))
             if save:
+                seconds, kept = time.time() - begun, step + 1
+            if save and not RANK:
                 log.flush()
-                seconds = time.time() - begun
-                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                            "step": step + 1, "seconds": seconds, "vocabulary": list(samples.vocabulary), "options": asdict(o),
-                            "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}}, path.with_suffix(".tmp"))
-                os.replace(path.with_suffix(".tmp"), path)     # a checkpoint is whole, or it is the one before
+                write_whole(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": kept,
+                                   "seconds": seconds, "vocabulary": list(samples.vocabulary), "options": asdict(o),
+                                   "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}})
+            if stop:
+                raise KeyboardInterrupt
     return model, seconds
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -1043,31 +1274,34 @@ def settle(given):
     if o.resume or o.eval_only or o.ground:
         anywhere = o.ground and not {"out", "data"} & set(given)
         found = sorted(Path("out" if anywhere else o.out).glob("*/*.pt" if anywhere else "*.pt"), key=lambda path: path.stat().st_mtime)
-        if not found:
+        begun = Path(o.out) / "options.json"                   # killed before its first checkpoint: the run begins again
+        if not found and not (o.resume and begun.exists()):
             raise UserError(f"no checkpoint in {'out' if anywhere else o.out}: train first (python hist.py), or say --out FOLDER of a run")
-        once = dict(resume=False, eval_only=False, ablate=False, ground=None, download=False, device="auto")
-        o = Options(**{**load_checkpoint(found[-1])["options"], **once, **given, "out": str(found[-1].parent)})
+        once = dict(resume=False, eval_only=False, ablate=False, bench=False, ground=None, download=False, device="auto")
+        saved = load_checkpoint(found[-1])["options"] if found else json.loads(begun.read_text())
+        o = Options(**{**saved, **once, **given, "out": str(found[-1].parent) if found else o.out})
     for name, value in (SCENES if o.data == "scenes" else PHOTOS).items():
         if getattr(o, name) == getattr(Options, name):
             setattr(o, name, value)
-    for name, least in dict(batch_size=1, image_size=16, width=8, fusion_layers=1, text_layers=0, base_steps=0, steps=0, seeds=1, eval_images=0, save_every=1, workers=0,
-                             lr=0, vocab_size=1).items():
-        if getattr(o, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(o, name)}: at least {least}, please")
-    if o.width % max(4, o.width // 64):
-        raise UserError(f"--width {o.width}: take a multiple of 64, so that its heads are of one size")
     o.cam_layer = (o.fusion_layers - 1 if o.data == "scenes" else (o.fusion_layers - 1) // 2) if o.cam_layer == -1 else o.cam_layer   # ALBEF: the third of six
-    if not 0 <= o.cam_layer < o.fusion_layers:
-        raise UserError(f"--cam-layer {o.cam_layer}: there are {o.fusion_layers} fusion layers, 0 the first")
-    wrong = [level for level in o.levels.split(",") if level not in LEVELS]
-    if wrong:
-        raise UserError(f"--levels {o.levels}: there is no level {wrong[0]!r}; the levels are {','.join(LEVELS)}")
-    if o.parses and o.data == "scenes":
-        raise UserError("--parses: scenes are drawn without end and parsed as they come; say --data coco or --data FILE.jsonl")
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     o.device = next(d for d in here if here[d]) if o.device == "auto" else o.device
-    if not here.get(o.device):
-        raise UserError(f"--device {o.device}: " + ("this machine has none that PyTorch can use" if o.device in here else "auto, cpu, cuda or mps"))
+    least = dict(batch_size=1, accumulate=1, image_size=16, width=8, fusion_layers=1, text_layers=0, base_steps=0, steps=0, seeds=1, eval_images=0, save_every=1,
+                 workers=0, lr=0, vocab_size=1, max_bad=0)
+    low = [name for name, value in least.items() if not getattr(o, name) >= value]
+    wrong = [level for level in o.levels.split(",") if level not in LEVELS]
+    for bad, message in (
+            (low, low and f"--{low[0].replace('_', '-')} {getattr(o, low[0])}: at least {least[low[0]]}, please"),
+            (o.width % max(4, o.width // 64), f"--width {o.width}: take a multiple of 64, so that its heads are of one size"),
+            (not 0 <= o.cam_layer < o.fusion_layers, f"--cam-layer {o.cam_layer}: there are {o.fusion_layers} fusion layers, 0 the first"),
+            (wrong, wrong and f"--levels {o.levels}: there is no level {wrong[0]!r}; the levels are {','.join(LEVELS)}"),
+            (o.parses and o.data == "scenes", "--parses: scenes are drawn without end and parsed as they come; say --data coco or --data FILE.jsonl"),
+            (o.pretrained and o.vit == "scenes", "--pretrained: the model of the scenes has no pretrained weights; say --vit NAME"),
+            (o.batch_size % (o.accumulate * RANKS), f"--batch-size {o.batch_size}: it must divide into --accumulate {o.accumulate} parts on each of {RANKS} GPUs"),
+            (RANKS > 1 and (o.ablate or o.bench), "--ablate and --bench run on one GPU: start them without torchrun"),
+            (not here.get(o.device), f"--device {o.device}: " + ("this machine has none that PyTorch can use" if o.device in here else "auto, cpu, cuda or mps"))):
+        if bad:
+            raise UserError(message)
     return o
 
 def ground(o):
@@ -1080,23 +1314,34 @@ def ground(o):
     new = sorted({w for p in phrases for w in split_words(p)} - set(vocabulary))
     if new:
         print(f"not in the vocabulary, read as [UNK]: {', '.join(new)}", file=sys.stderr)
-    draw_panels([panels(Path(picture).name, model, vocabulary, picture, phrases, [], o)], Path(o.out) / "ground.png", f"Where {path} looks")
+    row = panels(Path(picture).name, model, vocabulary, load_pixels(picture, upright=True), phrases, [], o)
+    draw_panels([row], Path(o.out) / "ground.png", f"Where {path} looks")
     print(Path(o.out) / "ground.png")
 
 def prepare(o):
     """(samples to train on, held-out records) of a run, its folder made and its options settled."""
+    if RANK:
+        torch.distributed.barrier()                            # rank 0 is first: it clears the folder and fills the caches
+    out = Path(o.out)
+    if not o.resume and not RANK:
+        (out / "skipped.jsonl").unlink(missing_ok=True)
     records, held_out = load_data(o)
-    held_out = [held_out[i] for i in range(min(len(held_out), o.eval_images or len(held_out)))]
-    o.batch_size = min(o.batch_size, len(records))
+    held_out = readable(held_out, o)
+    o.batch_size = min(o.batch_size, len(records) // (RANKS * o.accumulate) * RANKS * o.accumulate)
+    if not o.batch_size:
+        raise UserError(f"{len(records)} images are too few for {RANKS} GPUs and --accumulate {o.accumulate}")
     o.steps = o.steps or max(1, 10 * len(records) // o.batch_size)
     few = range(100_000, 102_000) if o.data == "scenes" else range(len(records))
-    samples = Samples(records, build_vocabulary((c for i in few for c in records[i]["captions"]), o.vocab_size), o)
+    captions = [c for i in few for c in records[i]["captions"]]
+    samples = Samples(records, cached(f"{o.vocab_size} words", captions, lambda: build_vocabulary(captions, o.vocab_size), o), o)
     HIST(o, samples.vocabulary)                                # options that build no model stop here, before the last run goes
-    out = Path(o.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for old in () if o.resume else (*out.glob("*.pt"), out / "metrics.jsonl"):
-        old.unlink(missing_ok=True)
-    (out / "options.json").write_text(json.dumps(asdict(o), indent=1))
+    if not RANK and not o.bench:
+        out.mkdir(parents=True, exist_ok=True)
+        for old in () if o.resume else (out / "options.json", *out.glob("*.pt"), out / "metrics.jsonl"):
+            old.unlink(missing_ok=True)
+        write_whole(out / "options.json", json.dumps(asdict(o), indent=1))
+    if RANKS > 1 and not RANK:
+        torch.distributed.barrier()
     return samples, held_out
 
 def train_base(samples, o):
@@ -1110,8 +1355,7 @@ def run(o):
     out, models, results, pairs = Path(o.out), {}, {}, {}
     levels = {"baseline": ("caption",), "hist": tuple(o.levels.split(","))}
     if o.eval_only:
-        held_out = load_data(o)[1]
-        held_out = [held_out[i] for i in range(min(len(held_out), o.eval_images or len(held_out)))]
+        held_out = readable(load_data(o)[1], o)
         for name in [n for n in levels if (out / f"{n}.pt").exists()]:
             models[name], vocabulary, saved = restore(out / f"{name}.pt", o)
             results[name] = {"seconds": saved["seconds"]}
@@ -1121,15 +1365,17 @@ def run(o):
         for name in levels if levels["hist"] != levels["baseline"] else ["baseline"]:
             models[name], seconds = train(name, levels[name], samples, o, o.steps, base)
             results[name] = {"seconds": seconds}
+    if RANK:
+        return
     for name, model in models.items():
         measured, pairs[name] = evaluate(model, vocabulary, held_out, o)
         results[name].update(measured)
         with open(out / "metrics.jsonl", "a") as log:
             log.write(json.dumps({"run": name, "step": o.steps, "evaluation": results[name]}) + "\n")
-    (out / "results.json").write_text(json.dumps(results, indent=1))
+    write_whole(out / "results.json", json.dumps(results, indent=1))
     before = f"{o.base_steps} steps with captions alone, then " if o.base_steps else ""
-    print(f"\n{o.data}: {len(held_out)} held-out images, {before}{o.steps} steps of {o.batch_size}, seed {o.seed}, {o.device}; percent but for seconds\n")
-    print(table(results), "\n")
+    print(f"\n{o.data}: {len(held_out)} held-out images, {before}{o.steps} steps of {o.batch_size}, seed {o.seed}, {o.device}, "
+          f"at most {peak_memory(o):.1f} GiB of memory; percent but for seconds\n\n{table(results)}\n")
     if not any(r["targets"] for r in held_out):
         print("these records have no targets: there is nothing to point at, retrieval alone is measured")
     if o.data == "scenes":
@@ -1166,7 +1412,7 @@ def ablate(o):
                     name = row.replace("+ ", "").replace(", ", "_").replace(" ", "_")
                     model, seconds = train(name, levels, samples, now, steps, base)
                     done[row] = {**evaluate(model, samples.vocabulary, held_out, now)[0], "seconds": seconds}
-                    path.write_text(json.dumps(done, indent=1))
+                    write_whole(path, json.dumps(done, indent=1))
         every.append(done)
     print(ablation_table(every))
 
@@ -1187,11 +1433,27 @@ def ablation_table(every):
     return "\n".join(lines)
 
 def main(argv=None):
+    """Do what was typed; a mistake, a full disk or too little memory ends it with one line and status 2, Ctrl-C with the command that resumes."""
+    o = None
     try:
         o = settle(command_line(argv))
-        ground(o) if o.ground else ablate(o) if o.ablate else run(o)
-    except (UserError, OSError, torch.cuda.OutOfMemoryError) as e:        # a process that loads images wraps its error in a traceback
-        print("hist.py: " + " ".join(str(e).split("UserError: ")[-1].split()), file=sys.stderr)
+        if RANKS > 1:
+            torch.distributed.init_process_group("nccl" if o.device == "cuda" else "gloo")
+        if o.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        ground(o) if o.ground else bench(o) if o.bench else ablate(o) if o.ablate else run(o)
+    except KeyboardInterrupt:
+        again = ["python", "hist.py", *(sys.argv[1:] if o.ablate else ["--resume", "--out", o.out, "--device", o.device])] if o else []
+        print(f"hist.py: stopped; {shlex.join(again)} goes on" if o and (Path(o.out) / "options.json").exists() else "hist.py: stopped", file=sys.stderr)
+        sys.exit(130)
+    except (UserError, OSError, MemoryError, RuntimeError) as e:         # a process that loads images wraps its error in a traceback
+        full = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e)
+        if isinstance(e, RuntimeError) and not full and "UserError: " not in str(e):
+            raise
+        said = str(e).split("UserError: ")[-1]
+        if full:
+            said = f"out of memory: lower --batch-size {o.batch_size} or --image-size {o.image_size}, or raise --accumulate {o.accumulate} ({said.splitlines()[0] if said else 'no more'})"
+        print("hist.py: " + " ".join(said.split()), file=sys.stderr)
         sys.exit(2)
 
 if __name__ == "__main__":
