@@ -29,7 +29,6 @@ import time
 import urllib.request
 import zipfile
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -277,26 +276,22 @@ def download_coco(root):
         (root / "unpacking" / folder).rename(root / folder)
         archive.unlink()
 
-class Skipped:
-    """What a run leaves out, each with its kind, "image", "caption" or "annotation", and the reason: counted, and listed in OUT/skipped.jsonl."""
-    def __init__(self, o):
-        self.path, self.limit, self.entries = Path(o.out) / "skipped.jsonl", o.max_bad, {}
+def leave_out(bad, o, total):
+    """List what cannot be used, {(kind, which): why}, in OUT/skipped.jsonl; UserError where that is more than --max-bad of the total of images."""
+    path = Path(o.out) / "skipped.jsonl"
+    known = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = [json.dumps({"kind": kind, "which": which, "why": why}) + "\n" for (kind, which), why in bad.items()]
+    if set(lines) - set(known):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as f:
+            f.writelines(sorted(set(lines) - set(known)))
+    images = [f"{which}: {why}" for (kind, which), why in bad.items() if kind == "image"]
+    if len(images) > o.max_bad * total:
+        raise UserError(f"{len(images)} of {total} images cannot be used, more than --max-bad {o.max_bad}; {path} lists them, the last is {images[-1]}")
 
-    def add(self, kind, what, why):
-        self.entries[kind, str(what)] = why
-
-    def check(self, **total):
-        """Write the list, and raise UserError where it has more than --max-bad of a kind's total: check(image=118287)."""
-        lines = [json.dumps({"kind": kind, "what": what, "why": why}) + "\n" for (kind, what), why in self.entries.items()]
-        known = set(self.path.read_text().splitlines(keepends=True)) if self.path.exists() else set()
-        if set(lines) - known:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a") as f:
-                f.writelines(line for line in lines if line not in known)
-        for kind, n in total.items():
-            bad = [f"{what}: {why}" for (k, what), why in self.entries.items() if k == kind]
-            if len(bad) > self.limit * n:
-                raise UserError(f"{len(bad)} of {n} {kind}s are unusable, more than --max-bad {self.limit}; {self.path} lists them, the last is {bad[-1]}")
+def insist(good, why):
+    if not good:
+        raise ValueError(why)
 
 def read_json(path, *names):
     """The lists of these names in a JSON file; raises UserError with the file, the line and what is wrong."""
@@ -309,64 +304,53 @@ def read_json(path, *names):
             raise UserError(f'{path}, line 1: it should be an object with a list "{name}" of objects, as COCO\'s files are')
     return [read[name] for name in names]
 
-def read_coco(root, split, skipped=None):
+def read_coco(root, split, o=None):
     """Records of COCO 2017: "train" with captions, "val" with targets too (the instances of each category in an image).
 
-    Boxes and masks are in the pixels as they are stored, not as an EXIF tag would turn them, and so are images read. What cannot be
-    used goes to skipped; UserError where nothing can.
+    Boxes, masks and images are in the pixels as stored, not as an EXIF tag would turn them. With o, what cannot be used goes to leave_out.
     """
     captions, instances, folder = (root / name.format(split) for name in ("annotations/captions_{}2017.json", "annotations/instances_{}2017.json", "{}2017"))
     missing = [str(p) for p in (captions, instances, folder) if not p.exists()]
     if missing:
         raise UserError(f"no COCO 2017 in {root}: there is no {', no '.join(missing)}. Point --root at the folder that holds train2017/, "
                         "val2017/ and annotations/, or add --download to fetch it (20 GB), or see https://cocodataset.org/#download")
-    skipped, (images, said), there = skipped or Skipped(Options()), read_json(captions, "images", "annotations"), set(os.listdir(folder))
-    records, listed, truth = {}, {}, ()
-    for image in images:
-        i, name = str(image.get("id")), image.get("file_name")
-        why = ("an image needs an id and a file_name" if "id" not in image or not isinstance(name, str) else
-               "its file_name leads out of the folder" if Path(name).name != name else "its id is there twice" if i in listed else
-               "there is no such file" if name not in there else "")
-        if why:
-            skipped.add("image", f"{folder / 'image'} {i}, {name}", why)
-        else:
-            records[i] = {"image": folder / name, "captions": [], "targets": {}}
-        listed[i] = image
-    if split == "val":
-        truth, categories = read_json(instances, "annotations", "categories")
-        names = {c.get("id"): c.get("name") for c in categories}
-    for kind, path, annotations in ("caption", captions, said), ("annotation", instances, truth):
-        seen = set()
-        for n, a in enumerate(annotations):
+    images, said = read_json(captions, "images", "annotations")
+    truth, categories = read_json(instances, "annotations", "categories") if split == "val" else ((), ())
+    names, there, listed, seen, bad, records = {c.get("id"): c.get("name") for c in categories}, set(os.listdir(folder)), {}, set(), {}, {}
+    for kind, entries in ("image", images), ("caption", said), ("annotation", truth):
+        for n, e in enumerate(entries):
             try:
-                i, number = str(a["image_id"]), str(a.get("id", f"no. {n}"))
-                if i not in listed or number in seen:
-                    raise ValueError(f"there is no image {i}" if i not in listed else "its id is there twice")
-                seen.add(number)
+                i = str(e["id"] if kind == "image" else e["image_id"])
+                insist((kind, str(e["id"])) not in seen, "its id is there twice")
+                seen.add((kind, str(e["id"])))
+                if kind == "image":
+                    listed[i] = e
+                    insist(Path(e["file_name"]).name == e["file_name"], f"{e['file_name']} leads out of the folder")
+                    insist(e["file_name"] in there, f"there is no file {e['file_name']}")
+                    records[i] = {"image": folder / e["file_name"], "captions": [], "targets": {}}
+                insist(i in listed, f"there is no image {i}")
                 if kind == "caption":
-                    if not isinstance(a["caption"], str) or not a["caption"].strip():
-                        raise ValueError(f"a caption must be text, not {a['caption']!r}")
-                    if i in records:
-                        records[i]["captions"].append(a["caption"].strip())
-                elif i in records:
-                    name, (x, y, w, h), part = names[a["category_id"]], a["bbox"], a["segmentation"]
+                    insist(isinstance(e["caption"], str) and e["caption"].strip(), f"a caption must be text, not {e['caption']!r}")
+                    records.get(i, {"captions": []})["captions"].append(e["caption"].strip())
+                elif kind == "annotation" and i in records:
+                    name, (x, y, w, h), part = names[e["category_id"]], e["bbox"], e["segmentation"]
                     height, width = listed[i]["height"], listed[i]["width"]
                     box = [max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)]
-                    if not (box[0] < box[2] and box[1] < box[3]):
-                        raise ValueError(f"its box {a['bbox']} has no pixel in the image of {width} x {height}")
+                    insist(box[0] < box[2] and box[1] < box[3], f"its box {e['bbox']} has no pixel in the image of {width} x {height}")
                     t = records[i]["targets"].setdefault(name, {"phrase": name, "boxes": [], "mask": {"size": (height, width), "parts": []}})
                     t["boxes"].append(box)
                     t["mask"]["parts"].append(part)
-            except (KeyError, TypeError, ValueError) as e:
-                skipped.add(kind, f"{path}: {kind} {n}, id {a.get('id')}", f"it has no {e}" if isinstance(e, KeyError) else str(e))
-    for i in [i for i, r in records.items() if not r["captions"]]:
-        skipped.add("image", records.pop(i)["image"], "no caption of it can be used")
+            except (KeyError, TypeError, ValueError) as problem:
+                bad[kind, f"{split} {e.get('id')}, entry {n}"] = f"it has no {problem}" if isinstance(problem, KeyError) else str(problem)
+    bad.update({("image", str(r["image"])): "no caption of it can be used" for r in records.values() if not r["captions"]})
+    records = [{**r, "targets": list(r["targets"].values())} for r in records.values() if r["captions"]]
     if not records:
         raise UserError(f"{folder} holds none of the images that {captions} names")
-    if len(records) < len(images):
-        print(f"{folder}: {len(images) - len(records)} of {len(images)} images have no file or no caption: left out", file=sys.stderr)
-    skipped.check(image=len(images), caption=len(said), annotation=len(truth))
-    return [{**r, "targets": list(r["targets"].values())} for r in records.values()]
+    if bad:
+        print(f"{folder}: {len(images) - len(records)} of {len(images)} images have no file or no caption; {len(bad)} entries left out", file=sys.stderr)
+    if o:
+        leave_out(bad, o, len(images))
+    return records
 
 def decode_mask(mask):
     """A target's mask as a boolean array (height, width); raises ValueError or TypeError where it is none.
@@ -412,12 +396,8 @@ def read_jsonl(path):
                      '"split" must be "train", "val" or "test"' if r.get("split", "train") not in ("train", "val", "test") else
                      '"targets" must be a list of {"phrase": …, "boxes": [[x0, y0, x1, y1], …]}, x0 < x1, y0 < y1'
                      if r.get("targets") and not listed(r["targets"], target) else "")
-            for t in r.get("targets") or [] if not wrong else []:
-                t.get("mask") is None or decode_mask(t["mask"])
         except json.JSONDecodeError as e:
             wrong = f"not JSON: {e.msg} at column {e.colno}"
-        except (TypeError, ValueError) as e:
-            wrong = f"a mask must be polygons or uncompressed run lengths ({e})"
         if wrong:
             raise UserError(f"{path}, line {n}: {wrong}")
         (train if r.get("split", "train") == "train" else held_out).append(
@@ -436,29 +416,28 @@ def load_data(o):
     if o.data == "coco":
         if o.download:
             download_coco(Path(o.root))
-        return [read_coco(Path(o.root), split, Skipped(o)) for split in ("train", "val")]
+        return [read_coco(Path(o.root), split, o) for split in ("train", "val")]
     if not Path(o.data).is_file():
         raise UserError(f"--data {o.data}: neither scenes, coco, nor a file")
     return read_jsonl(Path(o.data))
 
 def readable(records, o):
-    """The held-out records to evaluate on: of the first --eval-images those whose picture can be read; a mask that cannot be gives way to its boxes."""
-    records, kept, skipped = [records[i] for i in range(min(len(records), o.eval_images or len(records)))], [], Skipped(o)
+    """The held-out records to evaluate on: of the first --eval-images those whose picture can be read, with the targets whose masks can."""
+    records, kept, bad = [records[i] for i in range(min(len(records), o.eval_images or len(records)))], [], {}
     for r in records:
         try:
-            size = load_pixels(r["image"]).shape[:2]
-        except UserError as e:
-            skipped.add("image", r["image"], str(e))
-            continue
-        kept.append({**r, "targets": [dict(t) for t in r["targets"]]})
-        for t in kept[-1]["targets"]:
-            try:
-                if t.get("mask") is not None and decode_mask(t["mask"]).shape != size:
-                    raise ValueError(f"it has {t['mask']['size']} pixels, the image {list(size)}")
-            except (KeyError, TypeError, ValueError) as e:
-                t["mask"] = None
-                skipped.add("annotation", f"{r['image']}: the mask of {t['phrase']}", str(e))
-    skipped.check(image=len(records), annotation=sum(len(r["targets"]) for r in records))
+            size, targets = load_pixels(r["image"]).shape[:2], []
+            for t in r["targets"]:
+                try:
+                    insist(not isinstance(t.get("mask"), dict) or tuple(t["mask"]["size"]) == size, f"the image has {size} pixels, its mask not")
+                    decode_mask(t["mask"]) if t.get("mask") is not None else None
+                    targets.append(t)
+                except (KeyError, TypeError, ValueError) as problem:
+                    bad["mask", f"{t['phrase']} in {r['image']}"] = str(problem)
+            kept.append({**r, "targets": targets})
+        except UserError as problem:
+            bad["image", str(r["image"])] = str(problem)
+    leave_out(bad, o, len(records))
     return kept
 
 # -------------------------------------------------------------------------------------------- samples and batches
@@ -500,7 +479,7 @@ def phrases_of(caption):
 
 def cached(what, captions, make, o):
     """make(), or what it returned for the same captions and the same parse.py before: JSON beside the run's folder, for other runs too."""
-    if not o.out:
+    if not o.out or o.data == "scenes":
         return make()
     key = hashlib.sha256(json.dumps([what, captions]).encode() + Path(parser.__file__).read_bytes()).hexdigest()[:16]
     path = Path(o.out).parent / f"captions-{key}.json"
@@ -595,7 +574,7 @@ class Samples(Dataset):
                 image = read_image(record["image"], side, None if self.scenes else random.Random(f"crop {self.o.seed} {position}"))
             except UserError as e:                             # grey, and marked: nothing is learnt from it
                 image, bad = torch.full((3, side, side), 127, dtype=torch.uint8), str(e)
-        return {"image": image, "bad": bad, "name": record["image"], "text": text, "ids": ids,
+        return {"image": image, "bad": bad, "name": str(record["image"]) if bad else "", "text": text, "ids": ids,
                 "masked": {level: mask_words(row, rng, len(self.vocabulary)) for level, row in ids.items()},
                 "composite": [encode(self.vocabulary, t) for t in composite],
                 "keys": {"caption": {key(c) for c in record["captions"]}, "phrase": {key(p) for p, _ in all_phrases},
@@ -610,7 +589,7 @@ def collate(samples):
     mine = [i for i, s in enumerate(samples) if s["image"] is not None]
     batch, own = {"image": torch.stack([samples[i]["image"] for i in mine])}, lambda rows: slice(*(sum(i < end for i in rows) for end in (mine[0], mine[-1] + 1)))
     if any(s["bad"] for s in samples):
-        batch.update(good=torch.tensor([not samples[i]["bad"] for i in mine]), bad={str(s["name"]): s["bad"] for s in samples if s["bad"]})
+        batch.update(good=torch.tensor([not samples[i]["bad"] for i in mine]), bad={("image", s["name"]): s["bad"] for s in samples if s["bad"]})
     for level in LEVELS[:3]:
         rows = [i for i, s in enumerate(samples) if level in s["ids"]]
         if rows:
@@ -789,7 +768,8 @@ def draw_negatives(similarity, positives, hardness):
     uniform = free / free.sum(1, keepdim=True).clamp(min=1)
     weights = ((1 - hardness) * uniform + hardness * hard) * free
     some = free.any(1)
-    return torch.multinomial(weights + 1e-12 * free + (~some)[:, None], 1)[:, 0], some
+    weights = weights + 1e-12 * free + (~some)[:, None]
+    return (weights / torch.empty_like(weights).exponential_()).argmax(1), some            # torch.multinomial waits for the device
 
 def itm_loss(logits, labels, weight):
     """Image-text matching: cross-entropy of match logits (n, 2) with labels (n,), 1 for a pair that belongs together; weight (n,) 0 leaves one out."""
@@ -1085,6 +1065,7 @@ def write_whole(path, data):
     """Write text, or an object as torch.save does, to a temporary file that then becomes path: what path names is whole, or as it was before."""
     part = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as f:
             f.write(data.encode()) if isinstance(data, str) else torch.save(data, f)
             f.flush()
@@ -1133,16 +1114,6 @@ def loader(samples, o, start, end):
                            pin_memory=o.device == "cuda", prefetch_factor=4 if o.workers else None, worker_init_fn=ignore_interrupt,
                            generator=torch.Generator()))       # its own generator: ours is the checkpoint's
 
-@contextmanager
-def interrupts():
-    """A list in which Ctrl-C leaves a mark, so that it cuts no step in two; a second Ctrl-C is not waited for."""
-    stop, usual = [], signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, usual)))
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, usual)
-
 def train(name, levels, samples, o, steps, base=None):
     """Train one model with these levels, or go on from its checkpoint; returns (model, seconds of training).
 
@@ -1180,9 +1151,10 @@ def train(name, levels, samples, o, steps, base=None):
         write_whole(metrics, "".join(json.dumps(k) + "\n" for k in kept))
     whole = DistributedDataParallel(model, find_unused_parameters=True) if RANKS > 1 else model
     model.train()
-    waiting, begun, skipped, kept = [], time.time() - seconds, Skipped(o), start
-    with (open(metrics, "a") as log, interrupts() as stop,
-          tqdm(total=steps * B, initial=start * B, unit="img", desc=name, smoothing=0.05, disable=RANK > 0) as bar):
+    waiting, begun, unread, kept = [], time.time() - seconds, {}, start
+    stop, usual = [], signal.getsignal(signal.SIGINT)           # Ctrl-C cuts no step in two; a second one is not waited for
+    signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, usual)))
+    with open(metrics, "a") as log, tqdm(total=steps * B, initial=start * B, unit="img", desc=name, smoothing=0.05, disable=RANK > 0) as bar:
         for step in range(start, steps):
             done = (first + step) / (o.base_steps + o.steps)               # of the whole, base and what follows
             hardness = 0.5 * min(1, max(0, (done - 0.5) / 0.3))    # hard negatives from the first step leave the match head at chance
@@ -1191,8 +1163,7 @@ def train(name, levels, samples, o, steps, base=None):
             optimizer.zero_grad()
             for part in range(o.accumulate):
                 batch = next(batches)
-                for image, why in batch.pop("bad", {}).items():
-                    skipped.add("image", image, why)
+                unread.update(batch.pop("bad", {}))
                 whole.require_backward_grad_sync = part == o.accumulate - 1       # ranks average their gradients once a step
                 with torch.autocast(o.device, torch.bfloat16, enabled=cuda):
                     losses, figures = whole(to_device(batch, o.device), now, hardness, o.cam_layer)
@@ -1222,7 +1193,7 @@ def train(name, levels, samples, o, steps, base=None):
                         log.write(json.dumps({"run": name, "step": n, "losses": losses, **{k: v for k, v in shown.items() if k not in losses}}) + "\n")
                 bar.set_postfix_str(" ".join(f"{k} {v:.2f}" for k, v in losses.items()))
                 waiting = []
-                skipped.check(image=len(samples.records))
+                leave_out(unread, o, len(samples.records))
             if save:
                 seconds, kept = time.time() - begun, step + 1
             if save and not RANK:
@@ -1232,6 +1203,7 @@ def train(name, levels, samples, o, steps, base=None):
                                    "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}})
             if stop:
                 raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, usual)
     return model, seconds
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -1336,7 +1308,6 @@ def prepare(o):
     samples = Samples(records, cached(f"{o.vocab_size} words", captions, lambda: build_vocabulary(captions, o.vocab_size), o), o)
     HIST(o, samples.vocabulary)                                # options that build no model stop here, before the last run goes
     if not RANK and not o.bench:
-        out.mkdir(parents=True, exist_ok=True)
         for old in () if o.resume else (out / "options.json", *out.glob("*.pt"), out / "metrics.jsonl"):
             old.unlink(missing_ok=True)
         write_whole(out / "options.json", json.dumps(asdict(o), indent=1))
@@ -1391,6 +1362,53 @@ def run(o):
         worst = sorted(rated, key=lambda i: np.mean(rated[i]))[:4]
         draw_grounding(models, vocabulary, [held_out[i] for i in worst], o, out / "worst.png")
     print(f"in {out}: {' '.join(sorted(p.name for p in out.iterdir()))}")
+
+def bench(o, peers={}):
+    """--bench: a whole training step, and the seconds of its parts, as levels are added: in turns, so that all meet the same machine; then the loader.
+
+    peers: {name: step(batch)}, other programs' steps to time beside ours; a step does all from the batch of collate to the new weights.
+    """
+    samples, _ = prepare(o)
+    model, clock, cuda = HIST(o, samples.vocabulary).to(o.device), Counter(), o.device == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=o.device != "mps")
+    def timed(part, f):
+        def g(*arguments, **named):
+            torch.cuda.synchronize() if cuda else None
+            begun = time.perf_counter()
+            result = f(*arguments, **named)
+            torch.cuda.synchronize() if cuda else None
+            clock[part] += time.perf_counter() - begun
+            return result
+        return g
+    for part, owner, f in ("image", model, "encode_image"), ("text", model, "encode_text"), ("fusion", model, "fuse"), ("Grad-CAM", sys.modules[__name__], "grad_cam"):
+        setattr(owner, f, timed(part, getattr(owner, f)))
+    def ours(levels, batch):
+        with torch.autocast(o.device, torch.bfloat16, enabled=cuda):
+            losses = training_losses(model, to_device(batch, o.device), levels, 0.5, o.cam_layer)[0]
+        optimizer.zero_grad()
+        timed("backward", sum(losses.values()).backward)()
+        timed("optimiser", optimizer.step)()
+    steps, turns = {"caption": LEVELS[:1], "+ phrase": LEVELS[:2], "+ subject": LEVELS[:3], "+ composition": LEVELS}, 6
+    steps = {name: (partial(ours, levels), levels) for name, levels in steps.items()} | {name: (step, LEVELS) for name, step in peers.items()}
+    batches, rows = loader(samples, o, 0, turns * len(steps) * o.batch_size), {name: [] for name in steps}
+    for turn, (name, (step, levels)) in itertools.product(range(turns), steps.items()):
+        clock.clear()
+        batch = timed("data", partial(next, batches))()
+        batch.pop("bad", None)
+        tokens = sum(int((batch[level]["ids"] != PAD).sum()) for level in levels if level in batch)
+        torch.cuda.reset_peak_memory_stats() if cuda else None
+        timed("step", partial(step, batch))()
+        rows[name].append({**clock, "tokens": tokens, "memory": peak_memory(o)})
+    parts, first = ("data", "image", "text", "fusion", "Grad-CAM", "backward", "optimiser"), None
+    print(f"{o.vit}, {o.image_size} px, width {o.width}, batch {o.batch_size}, {o.device}, {torch.get_num_threads()} threads; median of {turns - 1} turns [least, most]")
+    print(f"{'levels':15}{'s a step':>22}{'times':>7}{'images/s':>10}{'tokens/s':>10}{'GiB':>6}  " + "".join(f"{part:>10}" for part in parts) + "     other: % of the step with its data")
+    for name, (warm, *measured) in rows.items():               # the first turn warms up
+        step, data, tokens, *parts_of = (np.median([m.get(part, 0) for m in measured]) for part in ("step", "data", "tokens", *parts))
+        times, first, shares = [m["step"] for m in measured], first or step, [100 * v / (step + data) for v in parts_of]
+        print(f"{name:15}{step:8.3f} [{min(times):.3f}, {max(times):.3f}]{step / first:7.2f}{o.batch_size / step:10.1f}{tokens / step:10.0f}"
+              f"{warm['memory']:6.1f}  " + "".join(f"{v:10.1f}" for v in (*shares, 100 - sum(shares))))
+    begun, n = time.perf_counter(), sum(1 for _ in loader(samples, o, 0, turns * o.batch_size))
+    print(f"loader alone, {o.workers} processes: {n * o.batch_size / (time.perf_counter() - begun):.0f} images/s")
 
 def ablate(o):
     """Every row of ROWS for every seed, from that seed's base, on the same images for as many steps; the last for as much time as "all".
