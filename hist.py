@@ -12,32 +12,14 @@ composites of two phrases; here they become losses. No boxes are used in trainin
 
 Read it from top to bottom: options, data, batches, model, Grad-CAM, losses, measures, pictures, training, main.
 """
-import argparse
-import hashlib
-import itertools
-import json
-import math
-import os
-import random
-import resource
-import shlex
-import shutil
-import signal
-import sys
-import textwrap
-import time
-import urllib.request
-import zipfile
+import argparse, hashlib, importlib, itertools, json, math, os, random, resource, shlex, shutil, signal, sys, textwrap, time, urllib.request, zipfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-import timm
-import timm.data
-import torch
-import torch.distributed.nn.functional
+import timm, timm.data, torch, torch.distributed.nn.functional
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure                     # no pyplot: it would choose a backend for whoever imports this file
@@ -263,11 +245,11 @@ def fetch(url, path, md5):
 
 def download_coco(root):
     """Fetch and unpack what root lacks of COCO 2017; a folder gets its name only when it is complete."""
-    root.mkdir(parents=True, exist_ok=True)
     for name, md5 in COCO_FILES.items():
         archive, folder = root / Path(name).name, "annotations" if "annotations" in name else Path(name).stem
         if (root / folder).exists():
             continue
+        root.mkdir(parents=True, exist_ok=True)
         if archive.exists():                                   # one that somebody else brought: checked like our own
             archive.rename(archive.with_name(archive.name + ".part"))
         fetch(COCO_URL + name, archive, md5)
@@ -277,71 +259,66 @@ def download_coco(root):
         archive.unlink()
 
 def leave_out(bad, o, total):
-    """List what cannot be used, {(kind, which): why}, in OUT/skipped.jsonl; UserError where that is more than --max-bad of the total of images."""
-    path = Path(o.out) / "skipped.jsonl"
-    known = path.read_text().splitlines(keepends=True) if path.exists() else []
-    lines = [json.dumps({"kind": kind, "which": which, "why": why}) + "\n" for (kind, which), why in bad.items()]
-    if set(lines) - set(known):
+    """List what cannot be used, {(kind, which): why}, in OUT/skipped.jsonl; UserError where of a total of images it is more than --max-bad."""
+    path, images = Path(o.out) / "skipped.jsonl", [f"{which}: {why}" for (kind, which), why in bad.items() if kind == "image"]
+    lines = {json.dumps({"kind": kind, "which": which, "why": why}) + "\n" for (kind, which), why in bad.items()}
+    new = lines - set(path.read_text().splitlines(keepends=True) if path.exists() else ())
+    if new:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a") as f:
-            f.writelines(sorted(set(lines) - set(known)))
-    images = [f"{which}: {why}" for (kind, which), why in bad.items() if kind == "image"]
+            f.writelines(sorted(new))
     if len(images) > o.max_bad * total:
         raise UserError(f"{len(images)} of {total} images cannot be used, more than --max-bad {o.max_bad}; {path} lists them, the last is {images[-1]}")
 
 def insist(good, why):
+    """ValueError with the reason where a datum is not good."""
     if not good:
         raise ValueError(why)
 
 def read_json(path, *names):
-    """The lists of these names in a JSON file; raises UserError with the file, the line and what is wrong."""
+    """The lists of these names in a JSON file; UserError says in which file and line, and what is wrong."""
     try:
         read = json.loads(path.read_bytes())
+        insist(isinstance(read, dict) and all(isinstance(read.get(name), list) for name in names), f"no object with lists {', '.join(map(repr, names))}")
+        return [read[name] for name in names]
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}, line {getattr(e, 'lineno', 1)}: not JSON: {getattr(e, 'msg', e)}")
-    for name in names:
-        if not isinstance(read, dict) or not isinstance(read.get(name), list) or not all(isinstance(entry, dict) for entry in read[name]):
-            raise UserError(f'{path}, line 1: it should be an object with a list "{name}" of objects, as COCO\'s files are')
-    return [read[name] for name in names]
+        raise UserError(f"{path}, line {getattr(e, 'lineno', 1)}: " + (f"not JSON: {e.msg}" if isinstance(e, json.JSONDecodeError) else str(e)))
 
 def read_coco(root, split, o=None):
     """Records of COCO 2017: "train" with captions, "val" with targets too (the instances of each category in an image).
 
     Boxes, masks and images are in the pixels as stored, not as an EXIF tag would turn them. With o, what cannot be used goes to leave_out.
     """
-    captions, instances, folder = (root / name.format(split) for name in ("annotations/captions_{}2017.json", "annotations/instances_{}2017.json", "{}2017"))
-    missing = [str(p) for p in (captions, instances, folder) if not p.exists()]
-    if missing:
-        raise UserError(f"no COCO 2017 in {root}: there is no {', no '.join(missing)}. Point --root at the folder that holds train2017/, "
-                        "val2017/ and annotations/, or add --download to fetch it (20 GB), or see https://cocodataset.org/#download")
+    paths = captions, instances, folder = [root / f"annotations/{name}_{split}2017.json" for name in ("captions", "instances")] + [root / f"{split}2017"]
+    if not all(p.exists() for p in paths):
+        raise UserError(f"no COCO 2017 in {root}: there is no {', no '.join(str(p) for p in paths if not p.exists())}. Point --root at the folder that holds "
+                        "train2017/, val2017/ and annotations/, or add --download to fetch it (20 GB), or see https://cocodataset.org/#download")
     images, said = read_json(captions, "images", "annotations")
     truth, categories = read_json(instances, "annotations", "categories") if split == "val" else ((), ())
-    names, there, listed, seen, bad, records = {c.get("id"): c.get("name") for c in categories}, set(os.listdir(folder)), {}, set(), {}, {}
-    for kind, entries in ("image", images), ("caption", said), ("annotation", truth):
-        for n, e in enumerate(entries):
-            try:
-                i = str(e["id"] if kind == "image" else e["image_id"])
-                insist((kind, str(e["id"])) not in seen, "its id is there twice")
-                seen.add((kind, str(e["id"])))
-                if kind == "image":
-                    listed[i] = e
-                    insist(Path(e["file_name"]).name == e["file_name"], f"{e['file_name']} leads out of the folder")
-                    insist(e["file_name"] in there, f"there is no file {e['file_name']}")
-                    records[i] = {"image": folder / e["file_name"], "captions": [], "targets": {}}
-                insist(i in listed, f"there is no image {i}")
-                if kind == "caption":
-                    insist(isinstance(e["caption"], str) and e["caption"].strip(), f"a caption must be text, not {e['caption']!r}")
-                    records.get(i, {"captions": []})["captions"].append(e["caption"].strip())
-                elif kind == "annotation" and i in records:
-                    name, (x, y, w, h), part = names[e["category_id"]], e["bbox"], e["segmentation"]
-                    height, width = listed[i]["height"], listed[i]["width"]
-                    box = [max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)]
-                    insist(box[0] < box[2] and box[1] < box[3], f"its box {e['bbox']} has no pixel in the image of {width} x {height}")
-                    t = records[i]["targets"].setdefault(name, {"phrase": name, "boxes": [], "mask": {"size": (height, width), "parts": []}})
-                    t["boxes"].append(box)
-                    t["mask"]["parts"].append(part)
-            except (KeyError, TypeError, ValueError) as problem:
-                bad[kind, f"{split} {e.get('id')}, entry {n}"] = f"it has no {problem}" if isinstance(problem, KeyError) else str(problem)
+    names, there, listed, seen, bad, records = {c["id"]: c["name"] for c in categories}, set(os.listdir(folder)), {}, set(), {}, {}
+    for kind, (n, e) in ((kind, entry) for kind, entries in (("image", images), ("caption", said), ("annotation", truth)) for entry in enumerate(entries)):
+        try:
+            i = str(e["id"] if kind == "image" else e["image_id"])
+            insist((kind, str(e["id"])) not in seen, "its id is there twice")
+            seen.add((kind, str(e["id"])))
+            if kind == "image":
+                listed[i] = e
+                insist(Path(e["file_name"]).name == e["file_name"], f"{e['file_name']} leads out of the folder")
+                insist(e["file_name"] in there, f"there is no file {e['file_name']}")
+                records[i] = {"image": folder / e["file_name"], "captions": [], "targets": {}}
+            insist(i in listed, f"there is no image {i}")
+            if kind == "caption":
+                insist(isinstance(e["caption"], str) and e["caption"].strip(), f"a caption must be text, not {e['caption']!r}")
+                records.get(i, {"captions": []})["captions"].append(e["caption"].strip())
+            elif kind == "annotation" and i in records:
+                name, (x, y, w, h), part, height, width = names[e["category_id"]], e["bbox"], e["segmentation"], listed[i]["height"], listed[i]["width"]
+                box = [max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)]
+                insist(box[0] < box[2] and box[1] < box[3], f"its box {e['bbox']} has no pixel in the image of {width} x {height}")
+                t = records[i]["targets"].setdefault(name, {"phrase": name, "boxes": [], "mask": {"size": (height, width), "parts": []}})
+                t["boxes"].append(box)
+                t["mask"]["parts"].append(part)
+        except (KeyError, TypeError, ValueError) as problem:
+            bad[kind, f"{split}, entry {n}: {str(e)[:80]}"] = f"{problem} is missing" if isinstance(problem, KeyError) else str(problem)
     bad.update({("image", str(r["image"])): "no caption of it can be used" for r in records.values() if not r["captions"]})
     records = [{**r, "targets": list(r["targets"].values())} for r in records.values() if r["captions"]]
     if not records:
@@ -363,12 +340,10 @@ def decode_mask(mask):
     drawn, runs = Image.new("1", mask["size"][::-1]), np.zeros(mask["size"], dtype=bool)
     for part in mask["parts"]:
         if isinstance(part, dict):
-            if isinstance(part["counts"], str) or sum(part["counts"]) != runs.size:
-                raise ValueError(f"its run lengths are compressed, or not of {runs.size} pixels")
+            insist(isinstance(part["counts"], list) and sum(part["counts"]) == runs.size, f"its run lengths are compressed, or not of {runs.size} pixels")
             runs |= np.repeat(np.arange(len(part["counts"])) % 2 == 1, part["counts"]).reshape(runs.shape[::-1]).T
-        else:
-            for polygon in part:
-                ImageDraw.Draw(drawn).polygon(polygon, fill=1)
+        for polygon in part if isinstance(part, list) else ():
+            ImageDraw.Draw(drawn).polygon(polygon, fill=1)
     return np.asarray(drawn) | runs
 
 def read_jsonl(path):
@@ -382,26 +357,22 @@ def read_jsonl(path):
     box = lambda b: listed(b, lambda v: type(v) in (int, float)) and len(b) == 4 and b[0] < b[2] and b[1] < b[3]
     target = lambda t: (isinstance(t, dict) and text(t.get("phrase")) and t["phrase"].strip() and listed(t.get("boxes"), box) and
                         (t.get("mask") is None or isinstance(t["mask"], dict) and {"size", "parts"} <= t["mask"].keys()))
-    train, held_out = [], []
+    train, held_out, here = [], [], path.parent
     for n, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
-        if not line.strip():
-            continue
         try:
+            if not line.strip():
+                continue
             r = json.loads(line)
-            wrong = ('a record is an object {"image": …, "captions": [ … ]}' if not isinstance(r, dict) else
-                     '"image" must be the path of a picture' if not text(r.get("image")) else
-                     f"{r['image']} leads out of {path.parent.resolve()}" if not (path.parent / r["image"]).resolve().is_relative_to(path.parent.resolve()) else
-                     f"there is no picture {path.parent / r['image']}" if not (path.parent / r["image"]).is_file() else
-                     '"captions" must be a list of at least one string' if not listed(r.get("captions"), text) else
-                     '"split" must be "train", "val" or "test"' if r.get("split", "train") not in ("train", "val", "test") else
-                     '"targets" must be a list of {"phrase": …, "boxes": [[x0, y0, x1, y1], …]}, x0 < x1, y0 < y1'
-                     if r.get("targets") and not listed(r["targets"], target) else "")
-        except json.JSONDecodeError as e:
-            wrong = f"not JSON: {e.msg} at column {e.colno}"
-        if wrong:
-            raise UserError(f"{path}, line {n}: {wrong}")
-        (train if r.get("split", "train") == "train" else held_out).append(
-            {**r, "targets": r.get("targets") or [], "image": path.parent / r["image"]})
+            insist(isinstance(r, dict), 'a record is an object {"image": …, "captions": [ … ]}')
+            insist(text(r.get("image")), '"image" must be the path of a picture')
+            insist((here / r["image"]).resolve().is_relative_to(here.resolve()), f"{r['image']} leads out of {here.resolve()}")
+            insist((here / r["image"]).is_file(), f"there is no picture {here / r['image']}")
+            insist(listed(r.get("captions"), text), '"captions" must be a list of at least one string')
+            insist(r.get("split", "train") in ("train", "val", "test"), '"split" must be "train", "val" or "test"')
+            insist(not r.get("targets") or listed(r["targets"], target), '"targets" must be a list of {"phrase": …, "boxes": [[x0, y0, x1, y1], …]}, x0 < x1, y0 < y1')
+        except ValueError as e:
+            raise UserError(f"{path}, line {n}: " + (f"not JSON: {e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e)))
+        (train if r.get("split", "train") == "train" else held_out).append({**r, "targets": r.get("targets") or [], "image": here / r["image"]})
     if not train:
         raise UserError(f"{path}: there is no record to train on")
     if not held_out:
@@ -424,17 +395,16 @@ def load_data(o):
 def readable(records, o):
     """The held-out records to evaluate on: of the first --eval-images those whose picture can be read, with the targets whose masks can."""
     records, kept, bad = [records[i] for i in range(min(len(records), o.eval_images or len(records)))], [], {}
+    def good(target, record, size):
+        try:
+            insist(not isinstance(target.get("mask"), dict) or tuple(target["mask"]["size"]) == size, f"the image has {size} pixels, its mask not")
+            return target.get("mask") is None or decode_mask(target["mask"]) is not None
+        except (KeyError, TypeError, ValueError) as problem:
+            bad["mask", f"{target['phrase']} in {record['image']}"] = str(problem)
     for r in records:
         try:
-            size, targets = load_pixels(r["image"]).shape[:2], []
-            for t in r["targets"]:
-                try:
-                    insist(not isinstance(t.get("mask"), dict) or tuple(t["mask"]["size"]) == size, f"the image has {size} pixels, its mask not")
-                    decode_mask(t["mask"]) if t.get("mask") is not None else None
-                    targets.append(t)
-                except (KeyError, TypeError, ValueError) as problem:
-                    bad["mask", f"{t['phrase']} in {r['image']}"] = str(problem)
-            kept.append({**r, "targets": targets})
+            size = load_pixels(r["image"]).shape[:2]
+            kept.append({**r, "targets": [t for t in r["targets"] if good(t, r, size)]})
         except UserError as problem:
             bad["image", str(r["image"])] = str(problem)
     leave_out(bad, o, len(records))
@@ -1262,8 +1232,9 @@ def settle(given):
                  workers=0, lr=0, vocab_size=1, max_bad=0)
     low = [name for name, value in least.items() if not getattr(o, name) >= value]
     wrong = [level for level in o.levels.split(",") if level not in LEVELS]
+    if low:
+        raise UserError(f"--{low[0].replace('_', '-')} {getattr(o, low[0])}: at least {least[low[0]]}, please")
     for bad, message in (
-            (low, low and f"--{low[0].replace('_', '-')} {getattr(o, low[0])}: at least {least[low[0]]}, please"),
             (o.width % max(4, o.width // 64), f"--width {o.width}: take a multiple of 64, so that its heads are of one size"),
             (not 0 <= o.cam_layer < o.fusion_layers, f"--cam-layer {o.cam_layer}: there are {o.fusion_layers} fusion layers, 0 the first"),
             (wrong, wrong and f"--levels {o.levels}: there is no level {wrong[0]!r}; the levels are {','.join(LEVELS)}"),
@@ -1363,52 +1334,11 @@ def run(o):
         draw_grounding(models, vocabulary, [held_out[i] for i in worst], o, out / "worst.png")
     print(f"in {out}: {' '.join(sorted(p.name for p in out.iterdir()))}")
 
-def bench(o, peers={}):
-    """--bench: a whole training step, and the seconds of its parts, as levels are added: in turns, so that all meet the same machine; then the loader.
-
-    peers: {name: step(batch)}, other programs' steps to time beside ours; a step does all from the batch of collate to the new weights.
-    """
-    samples, _ = prepare(o)
-    model, clock, cuda = HIST(o, samples.vocabulary).to(o.device), Counter(), o.device == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=o.device != "mps")
-    def timed(part, f):
-        def g(*arguments, **named):
-            torch.cuda.synchronize() if cuda else None
-            begun = time.perf_counter()
-            result = f(*arguments, **named)
-            torch.cuda.synchronize() if cuda else None
-            clock[part] += time.perf_counter() - begun
-            return result
-        return g
-    for part, owner, f in ("image", model, "encode_image"), ("text", model, "encode_text"), ("fusion", model, "fuse"), ("Grad-CAM", sys.modules[__name__], "grad_cam"):
-        setattr(owner, f, timed(part, getattr(owner, f)))
-    def ours(levels, batch):
-        with torch.autocast(o.device, torch.bfloat16, enabled=cuda):
-            losses = training_losses(model, to_device(batch, o.device), levels, 0.5, o.cam_layer)[0]
-        optimizer.zero_grad()
-        timed("backward", sum(losses.values()).backward)()
-        timed("optimiser", optimizer.step)()
-    steps, turns = {"caption": LEVELS[:1], "+ phrase": LEVELS[:2], "+ subject": LEVELS[:3], "+ composition": LEVELS}, 6
-    steps = {name: (partial(ours, levels), levels) for name, levels in steps.items()} | {name: (step, LEVELS) for name, step in peers.items()}
-    batches, rows = loader(samples, o, 0, turns * len(steps) * o.batch_size), {name: [] for name in steps}
-    for turn, (name, (step, levels)) in itertools.product(range(turns), steps.items()):
-        clock.clear()
-        batch = timed("data", partial(next, batches))()
-        batch.pop("bad", None)
-        tokens = sum(int((batch[level]["ids"] != PAD).sum()) for level in levels if level in batch)
-        torch.cuda.reset_peak_memory_stats() if cuda else None
-        timed("step", partial(step, batch))()
-        rows[name].append({**clock, "tokens": tokens, "memory": peak_memory(o)})
-    parts, first = ("data", "image", "text", "fusion", "Grad-CAM", "backward", "optimiser"), None
-    print(f"{o.vit}, {o.image_size} px, width {o.width}, batch {o.batch_size}, {o.device}, {torch.get_num_threads()} threads; median of {turns - 1} turns [least, most]")
-    print(f"{'levels':15}{'s a step':>22}{'times':>7}{'images/s':>10}{'tokens/s':>10}{'GiB':>6}  " + "".join(f"{part:>10}" for part in parts) + "     other: % of the step with its data")
-    for name, (warm, *measured) in rows.items():               # the first turn warms up
-        step, data, tokens, *parts_of = (np.median([m.get(part, 0) for m in measured]) for part in ("step", "data", "tokens", *parts))
-        times, first, shares = [m["step"] for m in measured], first or step, [100 * v / (step + data) for v in parts_of]
-        print(f"{name:15}{step:8.3f} [{min(times):.3f}, {max(times):.3f}]{step / first:7.2f}{o.batch_size / step:10.1f}{tokens / step:10.0f}"
-              f"{warm['memory']:6.1f}  " + "".join(f"{v:10.1f}" for v in (*shares, 100 - sum(shares))))
-    begun, n = time.perf_counter(), sum(1 for _ in loader(samples, o, 0, turns * o.batch_size))
-    print(f"loader alone, {o.workers} processes: {n * o.batch_size / (time.perf_counter() - begun):.0f} images/s")
+def bench(o):
+    """--bench: tests/bench.py times a step, part by part, as levels are added; and the loader alone."""
+    sys.modules["hist"] = sys.modules[__name__]                # what it imports is this very module
+    sys.path.insert(0, str(Path(__file__).with_name("tests")))
+    importlib.import_module("bench").bench(o)
 
 def ablate(o):
     """Every row of ROWS for every seed, from that seed's base, on the same images for as many steps; the last for as much time as "all".

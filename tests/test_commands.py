@@ -134,7 +134,7 @@ def test_resume_ends_where_an_unbroken_run_ends(here, monkeypatch, stop):
 
     def killed(*paths):
         save(*paths)
-        saves.append(paths)
+        saves.extend(paths[1:] if str(paths[1]).endswith(".pt") else ())
         if len(saves) == 3 + stop // 2:                         # the baseline has three checkpoints: in the second training
             raise Killed
     monkeypatch.setattr(os, "replace", killed)
@@ -227,7 +227,7 @@ def coco_folder(root, n=6):
         images, captions, instances = [], [], []
         for i in range(n):
             images.append({"id": i, "file_name": f"{i:012}.jpg", "width": 64, "height": 48})
-            Image.fromarray(np.full((48, 64, 3), 30 * i, np.uint8)).save(root / f"{split}2017" / f"{i:012}.jpg")
+            Image.fromarray(np.full((48, 64, 3), 30 * i % 256, np.uint8)).save(root / f"{split}2017" / f"{i:012}.jpg")
             captions += [{"id": 2 * i + k, "image_id": i, "caption": c} for k, c in enumerate([f"A cat by dog {i}.", "Two dogs "])]
             instances += [{"id": 9 * i, "image_id": i, "category_id": 1, "bbox": [0, 0, 10, 10], "iscrowd": 0, "segmentation": [[0, 0, 10, 0, 10, 10, 0, 10]]},
                           {"id": 9 * i + 1, "image_id": i, "category_id": 1, "bbox": [20, 20, 10, 10], "iscrowd": 0, "segmentation": [[20, 20, 30, 20, 30, 30]]},
@@ -252,7 +252,7 @@ def test_coco_layout(here, capsys):
     assert (hist.decode_mask(dog["mask"]) == expected).all()
     assert records[0]["captions"] == ["A cat by dog 0.", "Two dogs"] and hist.read_coco(here / "coco", "train")[0]["targets"] == []
     hist.main(["--data", "coco", "--root", "coco", *TINY, *SMALL_VIT])
-    assert {p.name for p in Path("out/coco").iterdir()} == WRITTEN
+    assert {p.name for p in Path("out/coco").iterdir()} == WRITTEN | {"skipped.jsonl"}
 
 
 def test_no_coco_says_what_was_looked_for_and_how_to_get_it(here, capsys):
