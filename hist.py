@@ -539,13 +539,13 @@ class Samples(Dataset):
                 one, two = sorted((text["phrase"], rng.choice(others)), key=text["caption"].index)
                 composite = one, two, f"{one} and {two}"
         ids, image, bad = {level: encode(self.vocabulary, t) for level, t in text.items()}, None, ""
+        masked = {level: mask_words(row, rng, len(self.vocabulary)) for level, row in ids.items()}
         if position * RANKS // (self.o.batch_size // self.o.accumulate) % RANKS == RANK:
             try:
-                image = read_image(record["image"], side, None if self.scenes else random.Random(f"crop {self.o.seed} {position}"))
+                image = read_image(record["image"], side, None if self.scenes else rng)
             except UserError as e:                             # grey, and marked: nothing is learnt from it
                 image, bad = torch.full((3, side, side), 127, dtype=torch.uint8), str(e)
-        return {"image": image, "bad": bad, "name": str(record["image"]) if bad else "", "text": text, "ids": ids,
-                "masked": {level: mask_words(row, rng, len(self.vocabulary)) for level, row in ids.items()},
+        return {"image": image, "bad": bad, "name": str(record["image"]) if bad else "", "text": text, "ids": ids, "masked": masked,
                 "composite": [encode(self.vocabulary, t) for t in composite],
                 "keys": {"caption": {key(c) for c in record["captions"]}, "phrase": {key(p) for p, _ in all_phrases},
                          "subject": {key(s) for _, s in all_phrases}}}
@@ -1124,7 +1124,7 @@ def train(name, levels, samples, o, steps, base=None):
     waiting, begun, unread, kept = [], time.time() - seconds, {}, start
     stop, usual = [], signal.getsignal(signal.SIGINT)           # Ctrl-C cuts no step in two; a second one is not waited for
     signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, usual)))
-    with open(metrics, "a") as log, tqdm(total=steps * B, initial=start * B, unit="img", desc=name, smoothing=0.05, disable=RANK > 0) as bar:
+    with open(os.devnull if RANK else metrics, "a") as log, tqdm(total=steps * B, initial=start * B, unit="img", desc=name, smoothing=0.05, disable=RANK > 0) as bar:
         for step in range(start, steps):
             done = (first + step) / (o.base_steps + o.steps)               # of the whole, base and what follows
             hardness = 0.5 * min(1, max(0, (done - 0.5) / 0.3))    # hard negatives from the first step leave the match head at chance
@@ -1146,34 +1146,36 @@ def train(name, levels, samples, o, steps, base=None):
             schedule.step()
             waiting.append((step + 1, shown))
             bar.update(B)
-            save = step + 1 == steps or (step + 1) % o.save_every == 0 or stop
-            if save or len(waiting) == 10:                     # the only wait for the device, once in ten steps
-                values = torch.stack([v.float() for _, shown in waiting for v in shown.values()])
-                if RANKS > 1:
+            save = step + 1 == steps or (step + 1) % o.save_every == 0
+            if save or len(waiting) == 10 or stop and RANKS == 1:          # the only wait for the device, once in ten steps
+                values = torch.stack([v.float() for _, shown in waiting for v in shown.values()] + [torch.tensor(float(len(stop)), device=o.device)])
+                if RANKS > 1:                                  # all log the mean, and stop at one step
                     torch.distributed.all_reduce(values)
                 values = iter((values / RANKS).tolist())
                 for n, shown in waiting:
                     shown = {k: next(values) for k in shown}
                     losses = {k: round(v, 5) for k, v in shown.items() if k.split("_")[0] in LEVELS}
-                    wrong = [k for k, v in (losses | {"gradient": shown["gradient"]}).items() if not math.isfinite(v)]
+                    wrong = [k for k, v in shown.items() if not math.isfinite(v) and (k in losses or k == "gradient")]
                     if wrong:
+                        images = samples.names(range((first + n - 1) * B, (first + n) * B))
                         raise UserError(f"step {n} of {name}: {', '.join(wrong)} not finite; {path} {f'is of step {kept}' if kept else 'is not written yet'}; "
-                                        f"a lower --lr may help, or see the images of that step: {samples.names(range((first + n - 1) * B, (first + n) * B))}")
-                    if not RANK:
-                        log.write(json.dumps({"run": name, "step": n, "losses": losses, **{k: v for k, v in shown.items() if k not in losses}}) + "\n")
+                                        f"a lower --lr may help, or a look at that step's images: {images}")
+                    log.write(json.dumps({"run": name, "step": n, "losses": losses, **{k: v for k, v in shown.items() if k not in losses}}) + "\n")
                 bar.set_postfix_str(" ".join(f"{k} {v:.2f}" for k, v in losses.items()))
-                waiting = []
                 leave_out(unread, o, len(samples.records))
-            if save:
-                seconds, kept = time.time() - begun, step + 1
-            if save and not RANK:
-                log.flush()
-                write_whole(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": kept,
-                                   "seconds": seconds, "vocabulary": list(samples.vocabulary), "options": asdict(o),
-                                   "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}})
-            if stop:
-                raise KeyboardInterrupt
+                waiting, halt = [], next(values) > 0
+                if save or halt:
+                    seconds, kept = time.time() - begun, step + 1
+                    log.flush()
+                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": kept,
+                             "seconds": seconds, "vocabulary": list(samples.vocabulary), "options": asdict(o),
+                             "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}}
+                    write_whole(path, state) if not RANK else None
+                if halt:
+                    raise KeyboardInterrupt
     signal.signal(signal.SIGINT, usual)
+    if RANKS > 1:
+        torch.distributed.barrier()                            # the checkpoint is there before anyone goes on from it
     return model, seconds
 
 # ----------------------------------------------------------------------------------------------------------- main
