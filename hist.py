@@ -26,7 +26,6 @@ from matplotlib.figure import Figure                     # no pyplot: it would c
 from PIL import Image, ImageDraw, ImageOps
 from timm.layers import HybridEmbed
 from timm.models.vision_transformer import VisionTransformer
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
@@ -228,7 +227,7 @@ def fetch(url, path, md5):
     have = part.stat().st_size if part.exists() else 0
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=60) as reply, open(part, "ab" if reply.status == 206 else "wb") as f:     # 206: it goes on from there
+        with urllib.request.urlopen(request, timeout=60) as reply, open(part, "ab" if reply.status == 206 else "wb") as f:   # 206: goes on
             total = f.tell() + int(reply.headers["Content-Length"] or 0)
             with tqdm.wrapattr(reply, "read", total=total, initial=f.tell(), desc=path.name) as body:
                 shutil.copyfileobj(body, f, 1 << 20)
@@ -268,7 +267,7 @@ def leave_out(bad, o, total):
         with open(path, "a") as f:
             f.writelines(sorted(new))
     if len(images) > o.max_bad * total:
-        raise UserError(f"{len(images)} of {total} images cannot be used, more than --max-bad {o.max_bad}; {path} lists them, the last is {images[-1]}")
+        raise UserError(f"{len(images)} of {total} images cannot be used, more than --max-bad {o.max_bad}: {images[-1]}; {path} lists them")
 
 def insist(good, why):
     """ValueError with the reason where a datum is not good."""
@@ -279,7 +278,7 @@ def read_json(path, *names):
     """The lists of these names in a JSON file; UserError says in which file and line, and what is wrong."""
     try:
         read = json.loads(path.read_bytes())
-        insist(isinstance(read, dict) and all(isinstance(read.get(name), list) for name in names), f"no object with lists {', '.join(map(repr, names))}")
+        insist(isinstance(read, dict) and all(isinstance(read.get(name), list) for name in names), f"there is no object with lists {names}")
         return [read[name] for name in names]
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}, line {getattr(e, 'lineno', 1)}: " + (f"not JSON: {e.msg}" if isinstance(e, json.JSONDecodeError) else str(e)))
@@ -289,14 +288,17 @@ def read_coco(root, split, o=None):
 
     Boxes, masks and images are in the pixels as stored, not as an EXIF tag would turn them. With o, what cannot be used goes to leave_out.
     """
-    paths = captions, instances, folder = [root / f"annotations/{name}_{split}2017.json" for name in ("captions", "instances")] + [root / f"{split}2017"]
-    if not all(p.exists() for p in paths):
-        raise UserError(f"no COCO 2017 in {root}: there is no {', no '.join(str(p) for p in paths if not p.exists())}. Point --root at the folder that holds "
-                        "train2017/, val2017/ and annotations/, or add --download to fetch it (20 GB), or see https://cocodataset.org/#download")
+    captions, instances = (root / f"annotations/{name}_{split}2017.json" for name in ("captions", "instances"))
+    folder = root / f"{split}2017"
+    missing = [str(p) for p in (captions, instances, folder) if not p.exists()]
+    if missing:
+        raise UserError(f"no COCO 2017 in {root}: there is no {', no '.join(missing)}. Point --root at the folder that holds train2017/, "
+                        "val2017/ and annotations/, or add --download to fetch it (20 GB), or see https://cocodataset.org/#download")
     images, said = read_json(captions, "images", "annotations")
     truth, categories = read_json(instances, "annotations", "categories") if split == "val" else ((), ())
     names, there, listed, seen, bad, records = {c["id"]: c["name"] for c in categories}, set(os.listdir(folder)), {}, set(), {}, {}
-    for kind, (n, e) in ((kind, entry) for kind, entries in (("image", images), ("caption", said), ("annotation", truth)) for entry in enumerate(entries)):
+    kinds = (("image", images), ("caption", said), ("annotation", truth))
+    for kind, n, e in ((kind, n, e) for kind, entries in kinds for n, e in enumerate(entries)):
         try:
             i = str(e["id"] if kind == "image" else e["image_id"])
             insist((kind, str(e["id"])) not in seen, "its id is there twice")
@@ -311,7 +313,8 @@ def read_coco(root, split, o=None):
                 insist(isinstance(e["caption"], str) and e["caption"].strip(), f"a caption must be text, not {e['caption']!r}")
                 records.get(i, {"captions": []})["captions"].append(e["caption"].strip())
             elif kind == "annotation" and i in records:
-                name, (x, y, w, h), part, height, width = names[e["category_id"]], e["bbox"], e["segmentation"], listed[i]["height"], listed[i]["width"]
+                name, (x, y, w, h), part, of = names[e["category_id"]], e["bbox"], e["segmentation"], listed[i]
+                height, width = of["height"], of["width"]
                 box = [max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)]
                 insist(box[0] < box[2] and box[1] < box[3], f"its box {e['bbox']} has no pixel in the image of {width} x {height}")
                 t = records[i]["targets"].setdefault(name, {"phrase": name, "boxes": [], "mask": {"size": (height, width), "parts": []}})
@@ -324,7 +327,8 @@ def read_coco(root, split, o=None):
     if not records:
         raise UserError(f"{folder} holds none of the images that {captions} names")
     if bad:
-        print(f"{folder}: {len(images) - len(records)} of {len(images)} images have no file or no caption; {len(bad)} entries left out", file=sys.stderr)
+        lost = len(images) - len(records)
+        print(f"{folder}: {lost} of {len(images)} images have no file or no caption; left out: {len(bad)} entries", file=sys.stderr)
     if o:
         leave_out(bad, o, len(images))
     return records
@@ -340,7 +344,7 @@ def decode_mask(mask):
     drawn, runs = Image.new("1", mask["size"][::-1]), np.zeros(mask["size"], dtype=bool)
     for part in mask["parts"]:
         if isinstance(part, dict):
-            insist(isinstance(part["counts"], list) and sum(part["counts"]) == runs.size, f"its run lengths are compressed, or not of {runs.size} pixels")
+            insist(isinstance(part["counts"], list) and sum(part["counts"]) == runs.size, f"run lengths are compressed, or not of {runs.size} pixels")
             runs |= np.repeat(np.arange(len(part["counts"])) % 2 == 1, part["counts"]).reshape(runs.shape[::-1]).T
         for polygon in part if isinstance(part, list) else ():
             ImageDraw.Draw(drawn).polygon(polygon, fill=1)
@@ -369,7 +373,8 @@ def read_jsonl(path):
             insist((here / r["image"]).is_file(), f"there is no picture {here / r['image']}")
             insist(listed(r.get("captions"), text), '"captions" must be a list of at least one string')
             insist(r.get("split", "train") in ("train", "val", "test"), '"split" must be "train", "val" or "test"')
-            insist(not r.get("targets") or listed(r["targets"], target), '"targets" must be a list of {"phrase": …, "boxes": [[x0, y0, x1, y1], …]}, x0 < x1, y0 < y1')
+            insist(not r.get("targets") or listed(r["targets"], target),
+                   '"targets" must be a list of {"phrase": …, "boxes": [[x0, y0, x1, y1], …]}, x0 < x1, y0 < y1')
         except ValueError as e:
             raise UserError(f"{path}, line {n}: " + (f"not JSON: {e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e)))
         (train if r.get("split", "train") == "train" else held_out).append({**r, "targets": r.get("targets") or [], "image": here / r["image"]})
@@ -551,13 +556,14 @@ class Samples(Dataset):
                          "subject": {key(s) for _, s in all_phrases}}}
 
 def collate(samples):
-    """Samples as a batch: image (own images, 3, side, side) uint8; for each level n <= B texts: ids, masked, labels (n, L), rows (n,) of their images.
+    """Samples as a batch: image (this rank's, 3, side, side) uint8; each level n <= B texts: ids, masked, labels (n, L), rows (n,) of their images.
 
     positives (B, n): whether the parse of an image has a text, be it another image's: "a dog" describes every picture of one.
-    own: which of the n texts belong to own images, a slice. Where an image is not readable also "good" (own images,), and "bad": {name: why}.
+    own: the slice of the n texts whose images are this rank's. Where an image is not readable also good (this rank's,), and bad {name: why}.
     """
     mine = [i for i, s in enumerate(samples) if s["image"] is not None]
-    batch, own = {"image": torch.stack([samples[i]["image"] for i in mine])}, lambda rows: slice(*(sum(i < end for i in rows) for end in (mine[0], mine[-1] + 1)))
+    batch = {"image": torch.stack([samples[i]["image"] for i in mine])}
+    own = lambda rows: slice(sum(i < mine[0] for i in rows), sum(i <= mine[-1] for i in rows))
     if any(s["bad"] for s in samples):
         batch.update(good=torch.tensor([not samples[i]["bad"] for i in mine]), bad={("image", s["name"]): s["bad"] for s in samples if s["bad"]})
     for level in LEVELS[:3]:
@@ -574,7 +580,9 @@ def collate(samples):
     return batch
 
 def to_device(batch, device):
-    return {k: to_device(v, device) if isinstance(v, dict) else v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    """A batch with its tensors on the device; the copies from pinned memory are not waited for."""
+    move = lambda v: to_device(v, device) if isinstance(v, dict) else v.to(device, non_blocking=True) if torch.is_tensor(v) else v
+    return {k: move(v) for k, v in batch.items()}
 
 # ---------------------------------------------------------------------------------------------------------- model
 class Attention(nn.Module):
@@ -802,9 +810,10 @@ def training_losses(model, batch, levels, hardness, cam_layer):
             whole, _ = locate(model, T[2 * n:], mask[2 * n:], image, rows, cam_layer, create_graph=True)
             weight = found[:n] * found[n:] * good[rows]
             losses["composition"] = share(composition_loss(parts[:n], parts[n:], whole, weight), weight.sum(), gather(weight.sum()[None]).sum())
-        mass = whole.detach().flatten(1).sum(1, keepdim=True)
-        figures = {"map_mass": mass.mean(), "pair_weight": weight.mean(),
-                   "map_entropy": torch.special.entr(whole.detach().flatten(1) / mass.clamp(min=1e-12)).sum(1).mean() / math.log(math.prod(model.grid))}
+        maps = whole.detach().flatten(1)
+        share_of = maps / maps.sum(1, keepdim=True).clamp(min=1e-12)
+        figures = {"map_mass": maps.sum(1).mean(), "pair_weight": weight.mean(),
+                   "map_entropy": torch.special.entr(share_of).sum(1).mean() / math.log(maps.shape[1])}
     return losses, figures
 
 # ------------------------------------------------------------------------------------------------------- measures
@@ -1015,7 +1024,7 @@ def draw_balance(pairs, path):
 
 def draw_curves(metrics, path):
     """The losses of metrics.jsonl against the step, a panel a loss, a line a training; each point the mean of a fiftieth."""
-    lines = [line for line in map(json.loads, metrics.read_text().splitlines()) if "losses" in line]
+    lines = [line for line in read_metrics(metrics) if "losses" in line]
     names = list(dict.fromkeys(k for line in lines for k in line["losses"]))
     figure = Figure(figsize=(12, 2.6 * math.ceil(len(names) / 3)), layout="constrained")
     axes = figure.subplots(math.ceil(len(names) / 3), 3, squeeze=False).flat
@@ -1043,7 +1052,7 @@ def write_whole(path, data):
         os.replace(part, path)
     except (OSError, RuntimeError) as e:                       # torch.save calls a full disk a RuntimeError
         part.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written: {str(e).splitlines()[0]}; " + ("the one before is kept" if path.exists() else "there was none before"))
+        raise UserError(f"{path} could not be written: {str(e).splitlines()[0]}; the one before is {'kept' if path.exists() else 'not there'}")
 
 def load_checkpoint(path, device="cpu"):
     """What torch.save wrote, no code run; UserError where path is no checkpoint of this program."""
@@ -1119,12 +1128,13 @@ def train(name, levels, samples, o, steps, base=None):
     if not RANK:
         kept = [k for k in read_metrics(metrics) if k["run"] != name or k["step"] <= start and "losses" in k]
         write_whole(metrics, "".join(json.dumps(k) + "\n" for k in kept))
-    whole = DistributedDataParallel(model, find_unused_parameters=True) if RANKS > 1 else model
+    whole = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if RANKS > 1 else model
     model.train()
     waiting, begun, unread, kept = [], time.time() - seconds, {}, start
     stop, usual = [], signal.getsignal(signal.SIGINT)           # Ctrl-C cuts no step in two; a second one is not waited for
     signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, usual)))
-    with open(os.devnull if RANK else metrics, "a") as log, tqdm(total=steps * B, initial=start * B, unit="img", desc=name, smoothing=0.05, disable=RANK > 0) as bar:
+    bar = tqdm(total=steps * B, initial=start * B, unit="img", desc=name, smoothing=0.05, disable=RANK > 0)
+    with open(os.devnull if RANK else metrics, "a") as log, bar:
         for step in range(start, steps):
             done = (first + step) / (o.base_steps + o.steps)               # of the whole, base and what follows
             hardness = 0.5 * min(1, max(0, (done - 0.5) / 0.3))    # hard negatives from the first step leave the match head at chance
@@ -1158,9 +1168,10 @@ def train(name, levels, samples, o, steps, base=None):
                     wrong = [k for k, v in shown.items() if not math.isfinite(v) and (k in losses or k == "gradient")]
                     if wrong:
                         images = samples.names(range((first + n - 1) * B, (first + n) * B))
-                        raise UserError(f"step {n} of {name}: {', '.join(wrong)} not finite; {path} {f'is of step {kept}' if kept else 'is not written yet'}; "
+                        raise UserError(f"step {n} of {name}: {', '.join(wrong)} not finite; the checkpoint {path} is of step {kept or 'none'}; "
                                         f"a lower --lr may help, or a look at that step's images: {images}")
-                    log.write(json.dumps({"run": name, "step": n, "losses": losses, **{k: v for k, v in shown.items() if k not in losses}}) + "\n")
+                    figures = {k: v for k, v in shown.items() if k not in losses}
+                    log.write(json.dumps({"run": name, "step": n, "losses": losses, **figures}) + "\n")
                 bar.set_postfix_str(" ".join(f"{k} {v:.2f}" for k, v in losses.items()))
                 leave_out(unread, o, len(samples.records))
                 waiting, halt = [], next(values) > 0
@@ -1227,11 +1238,12 @@ def settle(given):
     for name, value in (SCENES if o.data == "scenes" else PHOTOS).items():
         if getattr(o, name) == getattr(Options, name):
             setattr(o, name, value)
-    o.cam_layer = (o.fusion_layers - 1 if o.data == "scenes" else (o.fusion_layers - 1) // 2) if o.cam_layer == -1 else o.cam_layer   # ALBEF: the third of six
+    if o.cam_layer == -1:                                      # ALBEF: the third of six
+        o.cam_layer = o.fusion_layers - 1 if o.data == "scenes" else (o.fusion_layers - 1) // 2
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     o.device = next(d for d in here if here[d]) if o.device == "auto" else o.device
-    least = dict(batch_size=1, accumulate=1, image_size=16, width=8, fusion_layers=1, text_layers=0, base_steps=0, steps=0, seeds=1, eval_images=0, save_every=1,
-                 workers=0, lr=0, vocab_size=1, max_bad=0)
+    least = {**dict.fromkeys(("eval_images", "base_steps", "steps", "workers", "lr", "max_bad", "text_layers"), 0), "image_size": 16, "width": 8,
+             **dict.fromkeys(("batch_size", "accumulate", "fusion_layers", "seeds", "save_every", "vocab_size"), 1)}
     low = [name for name, value in least.items() if not getattr(o, name) >= value]
     wrong = [level for level in o.levels.split(",") if level not in LEVELS]
     if low:
@@ -1242,9 +1254,10 @@ def settle(given):
             (wrong, wrong and f"--levels {o.levels}: there is no level {wrong[0]!r}; the levels are {','.join(LEVELS)}"),
             (o.parses and o.data == "scenes", "--parses: scenes are drawn without end and parsed as they come; say --data coco or --data FILE.jsonl"),
             (o.pretrained and o.vit == "scenes", "--pretrained: the model of the scenes has no pretrained weights; say --vit NAME"),
-            (o.batch_size % (o.accumulate * RANKS), f"--batch-size {o.batch_size}: it must divide into --accumulate {o.accumulate} parts on each of {RANKS} GPUs"),
+            (o.batch_size % (o.accumulate * RANKS), f"--batch-size {o.batch_size}: take a multiple of --accumulate {o.accumulate} x {RANKS} GPUs"),
             (RANKS > 1 and (o.ablate or o.bench), "--ablate and --bench run on one GPU: start them without torchrun"),
-            (not here.get(o.device), f"--device {o.device}: " + ("this machine has none that PyTorch can use" if o.device in here else "auto, cpu, cuda or mps"))):
+            (o.device not in here, f"--device {o.device}: auto, cpu, cuda or mps"),
+            (not here.get(o.device), f"--device {o.device}: this machine has none that PyTorch can use")):
         if bad:
             raise UserError(message)
     return o
@@ -1252,8 +1265,9 @@ def settle(given):
 def ground(o):
     """--ground PICTURE PHRASE …: where the last trained model looks, over a person's own picture."""
     picture, *phrases = o.ground
-    if not phrases or not Path(picture).is_file():
-        raise UserError('--ground PICTURE "a red circle" "a blue star": ' + ("say at least one phrase" if not phrases else f"there is no picture {picture}"))
+    wrong = "say at least one phrase" if not phrases else "" if Path(picture).is_file() else f"there is no picture {picture}"
+    if wrong:
+        raise UserError(f'--ground PICTURE "a red circle" "a blue star": {wrong}')
     path = Path(o.out) / ("hist.pt" if (Path(o.out) / "hist.pt").exists() else "baseline.pt")
     model, vocabulary, _ = restore(path, o)
     new = sorted({w for p in phrases for w in split_words(p)} - set(vocabulary))
@@ -1268,7 +1282,7 @@ def prepare(o):
     if RANK:
         torch.distributed.barrier()                            # rank 0 is first: it clears the folder and fills the caches
     out = Path(o.out)
-    if not o.resume and not RANK:
+    if not (o.resume or o.bench or RANK):
         (out / "skipped.jsonl").unlink(missing_ok=True)
     records, held_out = load_data(o)
     held_out = readable(held_out, o)
@@ -1387,22 +1401,22 @@ def main(argv=None):
     o = None
     try:
         o = settle(command_line(argv))
-        if RANKS > 1:
-            torch.distributed.init_process_group("nccl" if o.device == "cuda" else "gloo")
         if o.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if RANKS > 1:
+            torch.distributed.init_process_group("nccl" if o.device == "cuda" else "gloo")
         ground(o) if o.ground else bench(o) if o.bench else ablate(o) if o.ablate else run(o)
     except KeyboardInterrupt:
-        again = ["python", "hist.py", *(sys.argv[1:] if o.ablate else ["--resume", "--out", o.out, "--device", o.device])] if o else []
-        print(f"hist.py: stopped; {shlex.join(again)} goes on" if o and (Path(o.out) / "options.json").exists() else "hist.py: stopped", file=sys.stderr)
+        begun = o and (Path(o.out) / "options.json").exists()
+        again = sys.argv[1:] if o and o.ablate else ["--resume", "--out", o.out, "--device", o.device] if begun else []
+        print("hist.py: stopped" + f"; python hist.py {shlex.join(again)} goes on" * bool(again), file=sys.stderr)
         sys.exit(130)
-    except (UserError, OSError, MemoryError, RuntimeError) as e:         # a process that loads images wraps its error in a traceback
-        full = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e)
-        if isinstance(e, RuntimeError) and not full and "UserError: " not in str(e):
-            raise
-        said = str(e).split("UserError: ")[-1]
-        if full:
-            said = f"out of memory: lower --batch-size {o.batch_size} or --image-size {o.image_size}, or raise --accumulate {o.accumulate} ({said.splitlines()[0] if said else 'no more'})"
+    except (UserError, OSError, MemoryError, RuntimeError) as e:
+        said = str(e).split("UserError: ")[-1]                 # a process that loads images wraps its error in a traceback
+        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in said:
+            said = f"out of memory: lower --batch-size {o.batch_size} or --image-size {o.image_size}, or raise --accumulate ({said[:99]})"
+        elif isinstance(e, RuntimeError) and said == str(e):
+            raise                                              # no mistake of the person's: the traceback is wanted
         print("hist.py: " + " ".join(said.split()), file=sys.stderr)
         sys.exit(2)
 

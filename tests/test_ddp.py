@@ -28,7 +28,7 @@ torch.manual_seed(0)
 vocabulary = hist.build_vocabulary(captions, 100)
 model = hist.HIST(o, vocabulary)
 samples = hist.Samples(records, vocabulary, o)
-whole = hist.DistributedDataParallel(model, find_unused_parameters=True) if hist.RANKS > 1 else model
+whole = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if hist.RANKS > 1 else model
 every = [samples[i] for i in range(8)]
 assert sum(s["image"] is not None for s in every) == 8 // hist.RANKS
 torch.manual_seed(1)
