@@ -19,7 +19,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-import timm, timm.data, torch, torch.distributed.nn.functional
+import timm, timm.data, torch, torch.distributed
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure                     # no pyplot: it would choose a backend for whoever imports this file
@@ -70,7 +70,7 @@ class Options:
     eval_images: int = option(500, "held-out images to evaluate on; 0 all of them")
     save_every: int = option(200, "steps between checkpoints")
     workers: int = option(-1, "processes that load images [scenes 0, else one a core, 8 at most]")
-    max_bad: float = option(0.2, "share of the images, or of their captions, that may be unusable; above it the run stops")
+    max_bad: float = option(0.2, "share of the images that may be unusable; above it the run stops")
     compile: bool = option(False, "torch.compile the ViT")
     seed: int = option(0, "seed of weights, scenes, order and masks")
     device: str = option("auto", "auto, cpu, cuda or mps")
@@ -454,15 +454,13 @@ def phrases_of(caption):
 
 def cached(what, captions, make, o):
     """make(), or what it returned for the same captions and the same parse.py before: JSON beside the run's folder, for other runs too."""
-    if not o.out or o.data == "scenes":
-        return make()
     key = hashlib.sha256(json.dumps([what, captions]).encode() + Path(parser.__file__).read_bytes()).hexdigest()[:16]
     path = Path(o.out).parent / f"captions-{key}.json"
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         made = make()
-        if not RANK:
+        if o.out and o.data != "scenes" and not RANK:          # scenes are drawn without end
             write_whole(path, json.dumps(made))
         return made
 
@@ -695,9 +693,23 @@ class HIST(nn.Module):
         """training_losses: what DistributedDataParallel calls."""
         return training_losses(self, *batch_and_settings)
 
+class Gather(torch.autograd.Function):
+    """x of every rank, one after the other along dim; the gradient of x is the sum of what all ranks send back for it."""
+    @staticmethod
+    def forward(context, x, dim):
+        context.dim, parts = dim, [torch.empty_like(x) for _ in range(RANKS)]
+        torch.distributed.all_gather(parts, x)
+        return torch.cat(parts, dim)
+
+    @staticmethod
+    def backward(context, gradient):
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total.chunk(RANKS, context.dim)[RANK], None
+
 def gather(x, dim=0):
-    """x of every rank in turn, with gradients; of a single process, x."""
-    return x if RANKS == 1 else torch.cat(torch.distributed.nn.functional.all_gather(x.contiguous()), dim)
+    """x of every rank along dim, with gradients; of a single process, x."""
+    return x if RANKS == 1 else Gather.apply(x.contiguous(), dim)
 
 def share(loss, weight, total):
     """A mean over a rank's own texts, weighing weight of total: the mean over ranks of what this returns is the mean over all texts."""
@@ -1084,8 +1096,9 @@ def restore(path, o):
     return model, vocabulary, saved
 
 def ignore_interrupt(worker):
-    """Ctrl-C is the main process's to answer: a process that loads images goes on with the step."""
+    """Ctrl-C is the main process's to answer: a process that loads images goes on with the step, and ends when it is told to."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 def loader(samples, o, start, end):
     """The batches, or the --accumulate parts of them, of positions start to end of the run; one iterator keeps its processes to the end."""
@@ -1115,9 +1128,8 @@ def train(name, levels, samples, o, steps, base=None):
     if o.compile:                                              # the ViT alone: text has a new length each step, and Grad-CAM a second derivative
         model.vit.forward_features = torch.compile(model.vit.forward_features)
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr / (2 if base else 1), weight_decay=0.02, betas=(0.9, 0.98), fused=o.device != "mps")
-    warmup = max(1, min(100, steps // 10))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / warmup) * max(
-        0.01, (1 + math.cos(math.pi * step / max(1, steps))) / 2))
+    warmup, cosine = max(1, min(100, steps // 10)), lambda step: max(0.01, (1 + math.cos(math.pi * step / max(1, steps))) / 2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / warmup) * cosine(step))
     batches = loader(samples, o, (first + start) * B, (first + steps) * B)
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
@@ -1131,8 +1143,9 @@ def train(name, levels, samples, o, steps, base=None):
     whole = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if RANKS > 1 else model
     model.train()
     waiting, begun, unread, kept = [], time.time() - seconds, {}, start
-    stop, usual = [], signal.getsignal(signal.SIGINT)           # Ctrl-C cuts no step in two; a second one is not waited for
-    signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, usual)))
+    stop, usual = [], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}      # Ctrl-C, or what torchrun makes of it, cuts no step in two
+    for s in usual:                                            # on one process a second Ctrl-C is not waited for
+        signal.signal(s, lambda *_: stop.append(RANKS > 1 or signal.signal(signal.SIGINT, usual[signal.SIGINT])))
     bar = tqdm(total=steps * B, initial=start * B, unit="img", desc=name, smoothing=0.05, disable=RANK > 0)
     with open(os.devnull if RANK else metrics, "a") as log, bar:
         for step in range(start, steps):
@@ -1184,7 +1197,8 @@ def train(name, levels, samples, o, steps, base=None):
                     write_whole(path, state) if not RANK else None
                 if halt:
                     raise KeyboardInterrupt
-    signal.signal(signal.SIGINT, usual)
+    for s in usual:
+        signal.signal(s, usual[s])
     if RANKS > 1:
         torch.distributed.barrier()                            # the checkpoint is there before anyone goes on from it
     return model, seconds
@@ -1327,7 +1341,7 @@ def run(o):
         return
     for name, model in models.items():
         measured, pairs[name] = evaluate(model, vocabulary, held_out, o)
-        results[name].update(measured)
+        results[name] |= measured
         with open(out / "metrics.jsonl", "a") as log:
             log.write(json.dumps({"run": name, "step": o.steps, "evaluation": results[name]}) + "\n")
     write_whole(out / "results.json", json.dumps(results, indent=1))
@@ -1346,8 +1360,7 @@ def run(o):
         threshold = np.mean([p[3] for p in pairs[name]], 0).argmax()
         for p in pairs[name]:
             rated.setdefault(p[0], []).append(p[3][threshold])
-        worst = sorted(rated, key=lambda i: np.mean(rated[i]))[:4]
-        draw_grounding(models, vocabulary, [held_out[i] for i in worst], o, out / "worst.png")
+        draw_grounding(models, vocabulary, [held_out[i] for i in sorted(rated, key=lambda i: np.mean(rated[i]))[:4]], o, out / "worst.png")
     print(f"in {out}: {' '.join(sorted(p.name for p in out.iterdir()))}")
 
 def bench(o):
