@@ -14,8 +14,7 @@ import hist
 
 
 def bench(o, peers={}):
-    """--bench: a whole training step, and the seconds of its parts, as levels are added: in turns, so that all meet the same machine; then the loader.
-    """
+    """Print the cost of a whole training step, and the share of its parts, as levels are added; in turns, so that all meet the same machine."""
     samples, _ = hist.prepare(o)
     model, clock, cuda = hist.HIST(o, samples.vocabulary).to(o.device), Counter(), o.device == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=o.device != "mps")
@@ -48,8 +47,10 @@ def bench(o, peers={}):
         timed("step", partial(step, batch))()
         rows[name].append({**clock, "tokens": tokens, "memory": hist.peak_memory(o)})
     parts, first = ("data", "image", "text", "fusion", "Grad-CAM", "backward", "optimiser"), None
-    print(f"\n{o.vit}, {o.image_size} px, width {o.width}, batch {o.batch_size}, {o.device}, {torch.get_num_threads()} threads; median of {turns - 1} turns [least, most]; parts in % of the step with its data")
-    print(f"{'levels':15}{'s a step':>22}{'times':>7}{'images/s':>10}{'tokens/s':>10}{'GiB':>6}  " + "".join(f"{part:>10}" for part in (*parts, "other")))
+    print(f"\n{o.vit}, {o.image_size} px, width {o.width}, batch {o.batch_size}, {o.device}, {torch.get_num_threads()} threads; "
+          f"median of {turns - 1} turns [least, most]; parts in % of the step with its data")
+    print(f"{'levels':15}{'s a step':>22}{'times':>7}{'images/s':>10}{'tokens/s':>10}{'GiB':>6}  " +
+          "".join(f"{part:>10}" for part in (*parts, "other")))
     for name, (warm, *measured) in rows.items():               # the first turn warms up
         step, data, tokens, *parts_of = (np.median([m.get(part, 0) for m in measured]) for part in ("step", "data", "tokens", *parts))
         times, first, shares = [m["step"] for m in measured], first or step, [100 * v / (step + data) for v in parts_of]
