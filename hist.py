@@ -14,6 +14,7 @@ Read it from top to bottom: options, data, batches, model, Grad-CAM, losses, mea
 """
 import argparse, hashlib, importlib, itertools, json, math, os, random, resource, shlex, shutil, signal, sys, textwrap, time, urllib.request, zipfile
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -1100,6 +1101,18 @@ def ignore_interrupt(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
+@contextmanager
+def interrupts():
+    """A list in which Ctrl-C, or SIGTERM, leaves a mark, so that neither cuts a step in two; on one process a second Ctrl-C is not waited for."""
+    stop, usual = [], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    for s in usual:
+        signal.signal(s, lambda *_: stop.append(RANKS > 1 or signal.signal(signal.SIGINT, usual[signal.SIGINT])))
+    try:
+        yield stop
+    finally:
+        for s, handler in usual.items():
+            signal.signal(s, handler)
+
 def loader(samples, o, start, end):
     """The batches, or the --accumulate parts of them, of positions start to end of the run; one iterator keeps its processes to the end."""
     return iter(DataLoader(samples, batch_size=o.batch_size // o.accumulate, sampler=range(start, end), collate_fn=collate, num_workers=o.workers,
@@ -1143,11 +1156,8 @@ def train(name, levels, samples, o, steps, base=None):
     whole = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if RANKS > 1 else model
     model.train()
     waiting, begun, unread, kept = [], time.time() - seconds, {}, start
-    stop, usual = [], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}      # Ctrl-C, or what torchrun makes of it, cuts no step in two
-    for s in usual:                                            # on one process a second Ctrl-C is not waited for
-        signal.signal(s, lambda *_: stop.append(RANKS > 1 or signal.signal(signal.SIGINT, usual[signal.SIGINT])))
     bar = tqdm(total=steps * B, initial=start * B, unit="img", desc=name, smoothing=0.05, disable=RANK > 0)
-    with open(os.devnull if RANK else metrics, "a") as log, bar:
+    with open(os.devnull if RANK else metrics, "a") as log, bar, interrupts() as stop:
         for step in range(start, steps):
             done = (first + step) / (o.base_steps + o.steps)               # of the whole, base and what follows
             hardness = 0.5 * min(1, max(0, (done - 0.5) / 0.3))    # hard negatives from the first step leave the match head at chance
@@ -1197,8 +1207,6 @@ def train(name, levels, samples, o, steps, base=None):
                     write_whole(path, state) if not RANK else None
                 if halt:
                     raise KeyboardInterrupt
-    for s in usual:
-        signal.signal(s, usual[s])
     if RANKS > 1:
         torch.distributed.barrier()                            # the checkpoint is there before anyone goes on from it
     return model, seconds
