@@ -1217,9 +1217,6 @@ TABLE = {"pointing_phrases": "pointing, phrases", "pointing_subjects": "pointing
          "r1_image_to_text": "R@1, image to text", "r1_text_to_image": "R@1, text to image", "r1_image_to_text_itm": "  ITM: i. to t.",
          "r1_text_to_image_itm": "  ITM: t. to i.", "vqa": "VQA, mean", "vqa_colour": "  colour", "vqa_shape": "  shape", "vqa_is_there": "  is there",
          "vqa_count": "  count", "occlusion": "occlusion, rank r", "seconds": "seconds of training"}
-ROWS = {"caption": ("caption",), "+ phrase": ("caption", "phrase"), "+ subject": ("caption", "subject"), "+ both": ("caption", "phrase", "subject"),
-        "+ composition": ("caption", "composition"), "all": LEVELS, "caption, same time": ("caption",)}
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)                             # Student's t, two-sided, for 2 to 10 seeds
 
 def table(results):
     """The results {training: {measure: value}} as text: a measure a line, a training a column, and what chance gives."""
@@ -1371,51 +1368,11 @@ def run(o):
         draw_grounding(models, vocabulary, [held_out[i] for i in sorted(rated, key=lambda i: np.mean(rated[i]))[:4]], o, out / "worst.png")
     print(f"in {out}: {' '.join(sorted(p.name for p in out.iterdir()))}")
 
-def bench(o):
-    """--bench: tests/bench.py times a step, part by part, as levels are added; and the loader alone."""
-    sys.modules["hist"] = sys.modules[__name__]                # what it imports is this very module
+def beside(name, o):
+    """--bench and --ablate stand with the tests, as tests/bench.py and tests/ablation.py, and work on this very module."""
+    sys.modules["hist"] = sys.modules[__name__]
     sys.path.insert(0, str(Path(__file__).with_name("tests")))
-    importlib.import_module("bench").bench(o)
-
-def ablate(o):
-    """Every row of ROWS for every seed, from that seed's base, on the same images for as many steps; the last for as much time as "all".
-
-    What is done lies in out/seedN/results.json, and the same command goes on from there. Prints the means, and below each its
-    difference from the first row, paired by seed, with the 95% interval (Student's t).
-    """
-    top, every = Path(o.out), []
-    for seed in range(o.seed, o.seed + o.seeds):
-        now = Options(**{**asdict(o), "seed": seed, "out": str(top / f"seed{seed}"), "resume": (top / f"seed{seed}" / "options.json").exists()})
-        path = Path(now.out) / "results.json"
-        done = json.loads(path.read_text()) if path.exists() else {}
-        if set(ROWS) - set(done):
-            samples, held_out = prepare(now)
-            base = train_base(samples, now)
-            for row, levels in ROWS.items():
-                if row not in done:
-                    steps = round(now.steps * done["all"]["seconds"] / done["caption"]["seconds"]) if "time" in row else now.steps
-                    name = row.replace("+ ", "").replace(", ", "_").replace(" ", "_")
-                    model, seconds = train(name, levels, samples, now, steps, base)
-                    done[row] = {**evaluate(model, samples.vocabulary, held_out, now)[0], "seconds": seconds}
-                    write_whole(path, json.dumps(done, indent=1))
-        every.append(done)
-    print(ablation_table(every))
-
-def ablation_table(every):
-    """[{row: {measure: value}} of each seed] as a Markdown table: mean ± standard deviation, then the paired difference [95% interval]."""
-    n, lines = len(every), ["| | " + " | ".join(ROWS) + " | chance |", "|---" * (len(ROWS) + 2) + "|"]
-    for k, title in TABLE.items():
-        if k in every[0]["caption"]:
-            scale, cells = 1 if k == "seconds" else 100, []
-            values = {row: scale * np.array([done[row][k] for done in every]) for row in ROWS}
-            for row, v in values.items():
-                d = v - values["caption"]
-                half = T95[n - 2] * d.std(ddof=1) / math.sqrt(n) if 1 < n < 11 else math.nan
-                cells.append(f"{v.mean():.1f}" + (f" ± {v.std(ddof=1):.1f}" if n > 1 else "") +
-                             (f"<br>{d.mean():+.1f} [{d.mean() - half:+.1f}, {d.mean() + half:+.1f}]" if row != "caption" and k != "seconds" else ""))
-            chance = [done["caption"][f"{k}_chance"] * scale for done in every if f"{k}_chance" in done["caption"]]
-            lines.append(f"| {title.strip()} | " + " | ".join(cells) + f" | {f'{np.mean(chance):.1f}' if chance else ''} |")
-    return "\n".join(lines)
+    getattr(importlib.import_module(name), name)(o)
 
 def main(argv=None):
     """Do what was typed; a mistake, a full disk or too little memory ends it with one line and status 2, Ctrl-C with the command that resumes."""
@@ -1426,7 +1383,7 @@ def main(argv=None):
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if RANKS > 1:
             torch.distributed.init_process_group("nccl" if o.device == "cuda" else "gloo")
-        ground(o) if o.ground else bench(o) if o.bench else ablate(o) if o.ablate else run(o)
+        ground(o) if o.ground else beside("bench", o) if o.bench else beside("ablation", o) if o.ablate else run(o)
     except KeyboardInterrupt:
         begun = o and (Path(o.out) / "options.json").exists()
         again = sys.argv[1:] if o and o.ablate else ["--resume", "--out", o.out, "--device", o.device] if begun else []

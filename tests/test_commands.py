@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+import ablation
 import hist
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,10 +89,10 @@ def test_every_row_of_the_ablation_goes_on_from_one_base_and_what_is_done_is_kep
     command = "--ablate --seeds 2 --base-steps 2 --steps 2 --batch-size 8 --eval-images 12 --device cpu".split()
     hist.main(command)
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert [c.strip() for c in shown[0].split("|")][2:-2] == list(hist.ROWS) and "pointing, phrases" in shown[2] and " ± " in shown[2]
+    assert [c.strip() for c in shown[0].split("|")][2:-2] == list(ablation.ROWS) and "pointing, phrases" in shown[2] and " ± " in shown[2]
     for seed in (0, 1):
         out = Path(f"out/ablation/seed{seed}")
-        assert list(json.loads((out / "results.json").read_text())) == list(hist.ROWS)
+        assert list(json.loads((out / "results.json").read_text())) == list(ablation.ROWS)
         first = {m["run"]: m["losses"]["caption_itc"] for m in lines(out / "metrics.jsonl") if m["step"] == 1}
         assert len(first) == 8 and len({v for k, v in first.items() if k != "base"}) == 1 and first["base"] != first["all"]
     done = {path: path.stat().st_mtime_ns for path in Path("out/ablation").glob("*/*")}

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import ablation
 import hist
 
 
@@ -543,8 +544,8 @@ def test_reranking_asks_itm_about_the_nearest_only():
 def test_ablation_table_by_hand():
     """Differences 2, 4 and 6 points: mean 4, sd 2, and t(0.975, 2) = 4.30: 4 +- 4.97."""
     every = [{row: {"pointing_phrases": 0.5 + 0.1 * seed + (0.02 * (seed + 1) if row == "all" else 0), "seconds": 100, "pointing_phrases_chance": 0.3}
-              for row in hist.ROWS} for seed in range(3)]
-    line = next(line for line in hist.ablation_table(every).splitlines() if "phrases" in line)
+              for row in ablation.ROWS} for seed in range(3)]
+    line = next(line for line in ablation.table(every).splitlines() if "phrases" in line)
     cells = [c.strip() for c in line.strip("|").split("|")]
     assert cells[1] == "60.0 ± 10.0" and cells[-1] == "30.0"
-    assert cells[1 + list(hist.ROWS).index("all")] == "64.0 ± 12.0<br>+4.0 [-1.0, +9.0]"
+    assert cells[1 + list(ablation.ROWS).index("all")] == "64.0 ± 12.0<br>+4.0 [-1.0, +9.0]"
