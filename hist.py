@@ -12,7 +12,7 @@ composites of two phrases; here they become losses. No boxes are used in trainin
 
 Read it from top to bottom: options, data, batches, model, Grad-CAM, losses, measures, pictures, training, main.
 """
-import argparse, hashlib, importlib, itertools, json, math, os, random, resource, shlex, shutil, signal, sys, textwrap, time, urllib.request, zipfile
+import argparse, hashlib, importlib, itertools, json, math, os, random, resource, shlex, shutil, signal, sys, textwrap, time, urllib.request
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw, ImageOps
 from timm.layers import HybridEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
@@ -38,11 +39,16 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 class UserError(Exception):
     """A mistake that the person at the keyboard can mend: printed as one line, exit status 2, no traceback."""
 
+def insist(good, why):
+    """UserError with the reason where something is not good."""
+    if not good:
+        raise UserError(why)
+
 # ---------------------------------------------------------------------------------------------------- options
 LEVELS = ("caption", "phrase", "subject", "composition")
 
-def option(default, text):
-    return field(default=default, metadata={"help": text})
+def option(default, text, least=None):
+    return field(default=default, metadata={"help": text, "least": least})
 
 @dataclass
 class Options:
@@ -53,31 +59,31 @@ class Options:
     out: str = option("", "folder for all that a run writes [out/NAME]")
     parses: str = option("", "file of parses to train on in place of the rules' (python parse.py --llm)")
     levels: str = option(",".join(LEVELS), "levels of the HIST training; 'caption' trains the baseline alone")
-    base_steps: int = option(-1, "caption-only steps first, from which every training then goes on [scenes 1000, else 0]")
-    steps: int = option(0, "optimiser steps of each training [scenes 400, else 10 epochs]")
-    batch_size: int = option(-1, "images a step, over all GPUs [64]")
-    accumulate: int = option(1, "parts in which a step's batch is computed, one after the other: less memory")
-    lr: float = option(0.0, "peak learning rate [scenes 2e-3, else 3e-4]")
+    base_steps: int = option(-1, "caption-only steps first, from which every training then goes on [scenes 1000, else 0]", 0)
+    steps: int = option(0, "optimiser steps of each training [scenes 400, else 10 epochs]", 0)
+    batch_size: int = option(-1, "images a step, over all GPUs [64]", 1)
+    accumulate: int = option(1, "parts in which a step's batch is computed, one after the other: less memory", 1)
+    lr: float = option(0.0, "peak learning rate [scenes 2e-3, else 3e-4]", 0)
     composition_weight: float = option(0.1, "lambda, the weight of the composition loss")
     composition_start: float = option(0.7, "share of the steps after which composition ramps in")
     vit: str = option("", "any timm ViT [scenes: one layer on a stem, else vit_small_patch16_224; CPU vit_tiny_…]")
     pretrained: bool = option(False, "start --vit from timm's pretrained weights")
-    image_size: int = option(-1, "side of the square image, pixels [scenes 48, else 224; CPU 160]")
-    width: int = option(-1, "width of text and fusion layers [scenes 64, else 384; CPU 192]")
-    text_layers: int = option(-1, "layers of the text encoder [scenes 1, else 4; CPU 2]")
-    fusion_layers: int = option(-1, "layers in which text attends to the image [scenes 2, else 4; CPU 2]")
+    image_size: int = option(-1, "side of the square image, pixels [scenes 48, else 224; CPU 160]", 16)
+    width: int = option(-1, "width of text and fusion layers [scenes 64, else 384; CPU 192]", 8)
+    text_layers: int = option(-1, "layers of the text encoder [scenes 1, else 4; CPU 2]", 0)
+    fusion_layers: int = option(-1, "layers in which text attends to the image [scenes 2, else 4; CPU 2]", 1)
     cam_layer: int = option(-1, "fusion layer that Grad-CAM reads, 0 the first [scenes the last, else the middle]")
-    vocab_size: int = option(10_000, "words kept, most frequent first; the rest are [UNK]")
-    eval_images: int = option(500, "held-out images to evaluate on; 0 all of them")
-    save_every: int = option(200, "steps between checkpoints")
-    workers: int = option(-1, "processes that load images [scenes 0, else one a core, 8 at most]")
-    max_bad: float = option(0.2, "share of the images that may be unusable; above it the run stops")
+    vocab_size: int = option(10_000, "words kept, most frequent first; the rest are [UNK]", 1)
+    eval_images: int = option(500, "held-out images to evaluate on; 0 all of them", 0)
+    save_every: int = option(200, "steps between checkpoints", 1)
+    workers: int = option(-1, "processes that load images [scenes 0, else one a core, 8 at most]", 0)
+    max_bad: float = option(0.2, "share of the images that may be unusable; above it the run stops", 0)
     compile: bool = option(False, "torch.compile the ViT")
     seed: int = option(0, "seed of weights, scenes, order and masks")
     device: str = option("auto", "auto, cpu, cuda or mps")
     resume: bool = option(False, "go on from the last checkpoint in --out, with its options")
     ablate: bool = option(False, "train every row of the ablation for --seeds seeds, and print its table")
-    seeds: int = option(5, "seeds of --ablate, from --seed on")
+    seeds: int = option(5, "seeds of --ablate, from --seed on", 1)
     eval_only: bool = option(False, "evaluate the checkpoints in --out, no training")
     bench: bool = option(False, "time a step, part by part, as levels are added; and the loader alone")
     ground: list = option(None, "draw where the last trained model looks: PICTURE PHRASE [PHRASE ...]")
@@ -225,117 +231,104 @@ COCO_FILES = {"annotations/annotations_trainval2017.zip": "f4bbac642086de4f52a3f
 def fetch(url, path, md5):
     """Download url to path by way of path.part, which a second call resumes and only the right MD5 renames."""
     part = path.with_name(path.name + ".part")
-    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={part.stat().st_size if part.exists() else 0}-"})
     try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         with urllib.request.urlopen(request, timeout=60) as reply, open(part, "ab" if reply.status == 206 else "wb") as f:   # 206: goes on
             total = f.tell() + int(reply.headers["Content-Length"] or 0)
             with tqdm.wrapattr(reply, "read", total=total, initial=f.tell(), desc=path.name) as body:
                 shutil.copyfileobj(body, f, 1 << 20)
-            if f.tell() < total:
-                raise ConnectionError(f"the connection broke at {f.tell():,} of {total:,} bytes")
-    except OSError as e:
+            insist(f.tell() == total, f"the connection broke at {f.tell():,} of {total:,} bytes")
+    except (OSError, UserError) as e:
         if getattr(e, "code", 0) != 416:                       # 416: it is all here already
             raise UserError(f"{url}: {getattr(e, 'reason', e)}; what has come is kept, the same command goes on from there")
-    with open(part, "rb") as f:
-        if hashlib.file_digest(f, "md5").hexdigest() != md5:
-            part.unlink()
-            raise UserError(f"{url}: what came is corrupt (its MD5 is not {md5}) and is deleted; the same command fetches it anew")
+    if not check_integrity(part, md5):
+        part.unlink()
+        raise UserError(f"{url}: what came is corrupt (its MD5 is not {md5}) and is deleted; the same command fetches it anew")
     part.rename(path)
 
 def download_coco(root):
     """Fetch and unpack what root lacks of COCO 2017; a folder gets its name only when it is complete."""
     for name, md5 in COCO_FILES.items():
         archive, folder = root / Path(name).name, "annotations" if "annotations" in name else Path(name).stem
-        if (root / folder).exists():
-            continue
-        root.mkdir(parents=True, exist_ok=True)
-        if archive.exists():                                   # one that somebody else brought: checked like our own
-            archive.rename(archive.with_name(archive.name + ".part"))
-        fetch(COCO_URL + name, archive, md5)
-        with zipfile.ZipFile(archive) as z:
-            z.extractall(root / "unpacking", tqdm(z.infolist(), desc=f"unpacking {archive.name}", unit="file"))
-        (root / "unpacking" / folder).rename(root / folder)
-        archive.unlink()
+        if not (root / folder).exists():
+            root.mkdir(parents=True, exist_ok=True)
+            if not check_integrity(archive, md5):
+                fetch(COCO_URL + name, archive, md5)
+            extract_archive(archive, root / "unpacking", remove_finished=True)
+            (root / "unpacking" / folder).rename(root / folder)
+
+@contextmanager
+def blaming(what, bad=None, line=0):
+    """An error inside becomes a sentence about what: a UserError, or given bad an entry of it, {what: why}. line: the line of a JSON file."""
+    try:
+        yield
+    except Exception as e:                                     # PIL, timm and torch.load have as many exceptions as ways to fail
+        why = f"not JSON: {e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else f"{e}" + " is missing" * isinstance(e, KeyError)
+        if bad is None:
+            raise UserError(f"{what}" + f", line {line - 1 + getattr(e, 'lineno', 1)}" * (line > 0) + f": {' '.join(why.split())[:300]}")
+        bad[what] = why
 
 def leave_out(bad, o, total):
     """List what cannot be used, {(kind, which): why}, in OUT/skipped.jsonl; UserError where of a total of images it is more than --max-bad."""
     path, images = Path(o.out) / "skipped.jsonl", [f"{which}: {why}" for (kind, which), why in bad.items() if kind == "image"]
-    lines = {json.dumps({"kind": kind, "which": which, "why": why}) + "\n" for (kind, which), why in bad.items()}
-    new = lines - set(path.read_text().splitlines(keepends=True) if path.exists() else ())
+    new = {json.dumps({"kind": kind, "which": which, "why": why}) for (kind, which), why in bad.items()}
+    new -= set(path.read_text().splitlines() if path.exists() else ())
     if new:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a") as f:
-            f.writelines(sorted(new))
-    if len(images) > o.max_bad * total:
-        raise UserError(f"{len(images)} of {total} images cannot be used, more than --max-bad {o.max_bad}: {images[-1]}; {path} lists them")
-
-def insist(good, why):
-    """ValueError with the reason where a datum is not good."""
-    if not good:
-        raise ValueError(why)
+            f.writelines(line + "\n" for line in sorted(new))
+    insist(len(images) <= o.max_bad * total,
+           f"{len(images)} of {total} images cannot be used, more than --max-bad {o.max_bad}: {''.join(images[-1:])}; {path} lists them")
 
 def read_json(path, *names):
-    """The lists of these names in a JSON file; UserError says in which file and line, and what is wrong."""
-    try:
+    """The lists of these names in a JSON file."""
+    with blaming(path, line=1):
         read = json.loads(path.read_bytes())
         insist(isinstance(read, dict) and all(isinstance(read.get(name), list) for name in names), f"there is no object with lists {names}")
         return [read[name] for name in names]
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}, line {getattr(e, 'lineno', 1)}: " + (f"not JSON: {e.msg}" if isinstance(e, json.JSONDecodeError) else str(e)))
 
 def read_coco(root, split, o=None):
     """Records of COCO 2017: "train" with captions, "val" with targets too (the instances of each category in an image).
 
     Boxes, masks and images are in the pixels as stored, not as an EXIF tag would turn them. With o, what cannot be used goes to leave_out.
     """
-    captions, instances = (root / f"annotations/{name}_{split}2017.json" for name in ("captions", "instances"))
-    folder = root / f"{split}2017"
+    folder, (captions, instances) = root / f"{split}2017", (root / f"annotations/{name}_{split}2017.json" for name in ("captions", "instances"))
     missing = [str(p) for p in (captions, instances, folder) if not p.exists()]
-    if missing:
-        raise UserError(f"no COCO 2017 in {root}: there is no {', no '.join(missing)}. Point --root at the folder that holds train2017/, "
-                        "val2017/ and annotations/, or add --download to fetch it (20 GB), or see https://cocodataset.org/#download")
+    insist(not missing, f"--root {root}: there is no {', no '.join(missing)}; --download fetches all (20 GB), or see https://cocodataset.org/#download")
     images, said = read_json(captions, "images", "annotations")
     truth, categories = read_json(instances, "annotations", "categories") if split == "val" else ((), ())
-    names, there, listed, seen, bad, records = {c["id"]: c["name"] for c in categories}, set(os.listdir(folder)), {}, set(), {}, {}
+    names, there, seen, bad, records = {c["id"]: c["name"] for c in categories}, set(os.listdir(folder)), set(), {}, {}
     kinds = (("image", images), ("caption", said), ("annotation", truth))
-    for kind, n, e in ((kind, n, e) for kind, entries in kinds for n, e in enumerate(entries)):
-        try:
-            i = str(e["id"] if kind == "image" else e["image_id"])
+    for kind, n, e in [(kind, n, e) for kind, entries in kinds for n, e in enumerate(entries)]:
+        with blaming((kind, f"{split}, entry {n}"), bad):
+            i, name = str(e["id"] if kind == "image" else e["image_id"]), e.get("file_name")
             insist((kind, str(e["id"])) not in seen, "its id is there twice")
             seen.add((kind, str(e["id"])))
             if kind == "image":
-                listed[i] = e
-                insist(Path(e["file_name"]).name == e["file_name"], f"{e['file_name']} leads out of the folder")
-                insist(e["file_name"] in there, f"there is no file {e['file_name']}")
-                records[i] = {"image": folder / e["file_name"], "captions": [], "targets": {}}
-            insist(i in listed, f"there is no image {i}")
+                records[i] = {"captions": [], "targets": {}, "size": (e.get("height"), e.get("width"))}
+                insist(name in there, f"{name} leads out of the folder" if Path(name).name != name else f"there is no file {name}")
+                records[i]["image"] = folder / name
+            insist(i in records, f"there is no image {i}")
             if kind == "caption":
                 insist(isinstance(e["caption"], str) and e["caption"].strip(), f"a caption must be text, not {e['caption']!r}")
-                records.get(i, {"captions": []})["captions"].append(e["caption"].strip())
-            elif kind == "annotation" and i in records:
-                name, (x, y, w, h), part, of = names[e["category_id"]], e["bbox"], e["segmentation"], listed[i]
-                height, width = of["height"], of["width"]
+                records[i]["captions"].append(e["caption"].strip())
+            elif kind == "annotation":
+                name, (x, y, w, h), part, (height, width) = names[e["category_id"]], e["bbox"], e["segmentation"], records[i]["size"]
                 box = [max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)]
                 insist(box[0] < box[2] and box[1] < box[3], f"its box {e['bbox']} has no pixel in the image of {width} x {height}")
                 t = records[i]["targets"].setdefault(name, {"phrase": name, "boxes": [], "mask": {"size": (height, width), "parts": []}})
                 t["boxes"].append(box)
                 t["mask"]["parts"].append(part)
-        except (KeyError, TypeError, ValueError) as problem:
-            bad[kind, f"{split}, entry {n}: {str(e)[:80]}"] = f"{problem} is missing" if isinstance(problem, KeyError) else str(problem)
-    bad.update({("image", str(r["image"])): "no caption of it can be used" for r in records.values() if not r["captions"]})
-    records = [{**r, "targets": list(r["targets"].values())} for r in records.values() if r["captions"]]
-    if not records:
-        raise UserError(f"{folder} holds none of the images that {captions} names")
+    bad.update({("image", str(r["image"])): "no caption of it can be used" for r in records.values() if "image" in r and not r["captions"]})
+    records = [{**r, "targets": list(r["targets"].values())} for r in records.values() if "image" in r and r["captions"]]
     if bad:
-        lost = len(images) - len(records)
-        print(f"{folder}: {lost} of {len(images)} images have no file or no caption; left out: {len(bad)} entries", file=sys.stderr)
+        print(f"{folder}: {len(images) - len(records)} of {len(images)} images have no file or no caption; {len(bad)} entries are left out", file=sys.stderr)
     if o:
         leave_out(bad, o, len(images))
     return records
 
 def decode_mask(mask):
-    """A target's mask as a boolean array (height, width); raises ValueError or TypeError where it is none.
+    """A target's mask as a boolean array (height, width); raises an error where it is none.
 
     mask: an array; or {"size": [height, width], "parts": […]}, a part being COCO's polygons [[x, y, x, y, …], …] or its
     uncompressed run lengths {"counts": [zeros, ones, zeros, …], "size": [height, width]} down the columns (crowds).
@@ -360,27 +353,22 @@ def read_jsonl(path):
     listed = lambda v, good: isinstance(v, list) and v and all(map(good, v))
     text = lambda v: isinstance(v, str)
     box = lambda b: listed(b, lambda v: type(v) in (int, float)) and len(b) == 4 and b[0] < b[2] and b[1] < b[3]
-    target = lambda t: (isinstance(t, dict) and text(t.get("phrase")) and t["phrase"].strip() and listed(t.get("boxes"), box) and
-                        (t.get("mask") is None or isinstance(t["mask"], dict) and {"size", "parts"} <= t["mask"].keys()))
+    target = lambda t: isinstance(t, dict) and text(t.get("phrase")) and t["phrase"].strip() and listed(t.get("boxes"), box)
     train, held_out, here = [], [], path.parent
-    for n, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
-        try:
-            if not line.strip():
-                continue
+    lines = enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1)
+    for n, line in [(n, line) for n, line in lines if line.strip()]:
+        with blaming(path, line=n):
             r = json.loads(line)
             insist(isinstance(r, dict), 'a record is an object {"image": …, "captions": [ … ]}')
             insist(text(r.get("image")), '"image" must be the path of a picture')
-            insist((here / r["image"]).resolve().is_relative_to(here.resolve()), f"{r['image']} leads out of {here.resolve()}")
-            insist((here / r["image"]).is_file(), f"there is no picture {here / r['image']}")
+            image = here / r["image"]
+            insist(image.resolve().is_relative_to(here.resolve()), f"{image} leads out of {here.resolve()}")
+            insist(image.is_file(), f"there is no picture {image}")
             insist(listed(r.get("captions"), text), '"captions" must be a list of at least one string')
-            insist(r.get("split", "train") in ("train", "val", "test"), '"split" must be "train", "val" or "test"')
             insist(not r.get("targets") or listed(r["targets"], target),
                    '"targets" must be a list of {"phrase": …, "boxes": [[x0, y0, x1, y1], …]}, x0 < x1, y0 < y1')
-        except ValueError as e:
-            raise UserError(f"{path}, line {n}: " + (f"not JSON: {e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e)))
-        (train if r.get("split", "train") == "train" else held_out).append({**r, "targets": r.get("targets") or [], "image": here / r["image"]})
-    if not train:
-        raise UserError(f"{path}: there is no record to train on")
+            insist(r.get("split", "train") in ("train", "val", "test"), '"split" must be "train", "val" or "test"')
+            (train if r.get("split", "train") == "train" else held_out).append({**r, "targets": r.get("targets") or [], "image": image})
     if not held_out:
         train, held_out = [r for i, r in enumerate(train) if i % 10 != 9 and len(train) > 9] or train[:-1] or train, train[9::10] or train[-1:]
         print(f'{path.name}: no line says "split": "val"; {len(held_out)} of the records are held out to evaluate on', file=sys.stderr)
@@ -390,32 +378,26 @@ def load_data(o):
     """(training records, held-out records) of --data."""
     if o.data == "scenes":
         return Scenes(1_000_000, o, "train", False), Scenes(o.eval_images or 500, o, "held out", True)
-    if o.data == "coco":
-        if o.download:
-            download_coco(Path(o.root))
-        return [read_coco(Path(o.root), split, o) for split in ("train", "val")]
-    if not Path(o.data).is_file():
-        raise UserError(f"--data {o.data}: neither scenes, coco, nor a file")
-    return read_jsonl(Path(o.data))
+    if o.data != "coco":
+        return read_jsonl(Path(o.data))
+    if o.download:
+        download_coco(Path(o.root))
+    return [read_coco(Path(o.root), split, o) for split in ("train", "val")]
 
 def readable(records, o):
     """The held-out records to evaluate on: of the first --eval-images those whose picture can be read, with the targets whose masks can."""
-    records, kept, bad = [records[i] for i in range(min(len(records), o.eval_images or len(records)))], [], {}
-    def good(target, record, size):
-        try:
-            insist(not isinstance(target.get("mask"), dict) or tuple(target["mask"]["size"]) == size, f"the image has {size} pixels, its mask not")
-            return target.get("mask") is None or decode_mask(target["mask"]) is not None
-        except (KeyError, TypeError, ValueError) as problem:
-            bad["mask", f"{target['phrase']} in {record['image']}"] = str(problem)
-    for r in records:
-        try:
-            size = load_pixels(r["image"]).shape[:2]
-            kept.append({**r, "targets": [t for t in r["targets"] if good(t, r, size)]})
-        except UserError as problem:
-            bad["image", str(r["image"])] = str(problem)
-    leave_out(bad, o, len(records))
+    kept, bad, n = [], {}, min(len(records), o.eval_images or len(records))
+    for r in (records[i] for i in range(n)):
+        with blaming(("image", str(r["image"])), bad):
+            size, targets = load_pixels(r["image"]).shape[:2], []
+            for t in r["targets"]:
+                with blaming(("mask", f"{t['phrase']} in {r['image']}"), bad):
+                    mask = t.get("mask")
+                    insist(mask is None or isinstance(mask, np.ndarray) or tuple(mask["size"]) == size, f"the image has {size} pixels, its mask not")
+                    targets.append(t if mask is None or decode_mask(mask) is not None else None)
+            kept.append({**r, "targets": targets})
+    leave_out(bad, o, n)
     return kept
-
 # -------------------------------------------------------------------------------------------- samples and batches
 PAD, CLS, MASK, UNK = range(4)
 MAX_TOKENS = 64
@@ -465,13 +447,6 @@ def cached(what, captions, make, o):
             write_whole(path, json.dumps(made))
         return made
 
-def read_given(path):
-    """{caption: [(phrase, subject), …]} of a file of parses; UserError where it is no such file."""
-    try:
-        return {caption.strip(): [(p.text, p.subject) for p in phrases] for caption, phrases in parser.read_parses(path).items()}
-    except ValueError as e:
-        raise UserError(str(e))
-
 def key(text):
     """What makes two texts one: neither case nor a leading article counts ("A dog", "the dog", "dog")."""
     words = text.lower().split()
@@ -481,14 +456,11 @@ def load_pixels(image, upright=False):
     """A path or an array as an array (H, W, 3) uint8; as it is stored, or upright as its EXIF tag says. UserError where it is no picture."""
     if isinstance(image, np.ndarray):
         return image
-    try:
-        with Image.open(image) as picture:
-            picture = ImageOps.exif_transpose(picture) if upright else picture
-            if picture.mode.startswith("I"):                   # 16 bits: convert() cuts at 255, and all is white
-                picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
-            return np.array(picture.convert("RGB"))
-    except Exception as e:                                     # PIL has as many exceptions as there are ways to be no picture
-        raise UserError(f"{image}: not readable as a picture ({e})")
+    with blaming(f"{image}: not readable as a picture"), Image.open(image) as picture:
+        picture = ImageOps.exif_transpose(picture) if upright else picture
+        if picture.mode.startswith("I"):                       # 16 bits: convert() cuts at 255, and all is white
+            picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+        return np.array(picture.convert("RGB"))
 
 def read_image(image, side, crop=None):
     """A path or an array as a uint8 tensor (3, side, side), squeezed to the square; crop: an rng for a random part of it."""
@@ -513,7 +485,8 @@ class Samples(Dataset):
     def __init__(self, records, vocabulary, o):
         self.records, self.vocabulary, self.o, self.scenes = records, vocabulary, o, isinstance(records, Scenes)
         if not self.scenes:                                    # each caption is parsed once
-            given = read_given(o.parses) if o.parses else {}
+            with blaming("--parses"):
+                given = {c.strip(): [(p.text, p.subject) for p in ps] for c, ps in (parser.read_parses(o.parses) if o.parses else {}).items()}
             rows = [[c.strip() for c in r["captions"]] for r in records]
             parsed = cached("parses", rows, lambda: [[phrases_of(c) for c in row] for row in tqdm(rows, desc="parsing", unit="img")], o)
             self.parses = [[given.get(c, phrases) for c, phrases in zip(*both)] for both in zip(rows, parsed)]
@@ -526,45 +499,39 @@ class Samples(Dataset):
         epoch, i = divmod(position, len(self.records))
         return i if self.scenes else epoch_order(len(self.records), self.o.seed, epoch)[i]
 
-    def names(self, positions):
-        """The images at these positions of the run, for a message."""
-        return ", ".join(f"scene {self.index(p)}" if self.scenes else str(self.records[self.index(p)]["image"]) for p in positions)
-
     def __getitem__(self, position):
         i, rng, side = self.index(position), random.Random(f"{self.o.seed} {position}"), self.o.image_size
-        record = self.records[i]
+        record, image, bad, composite = self.records[i], None, "", ()
         parses = [phrases_of(c) for c in record["captions"]] if self.scenes else self.parses[i]
-        n, all_phrases = rng.randrange(len(parses)), [p for phrases in parses for p in phrases]
-        text, composite = {"caption": record["captions"][n]}, ()
+        n = rng.randrange(len(parses))
+        text = {"caption": record["captions"][n]}
         if parses[n]:
             text["phrase"], text["subject"] = rng.choice(parses[n])
             others = [p for p, _ in parses[n] if key(p) != key(text["phrase"])]
             if others:
                 one, two = sorted((text["phrase"], rng.choice(others)), key=text["caption"].index)
                 composite = one, two, f"{one} and {two}"
-        ids, image, bad = {level: encode(self.vocabulary, t) for level, t in text.items()}, None, ""
+        ids = {level: encode(self.vocabulary, t) for level, t in text.items()}
         masked = {level: mask_words(row, rng, len(self.vocabulary)) for level, row in ids.items()}
         if position * RANKS // (self.o.batch_size // self.o.accumulate) % RANKS == RANK:
             try:
                 image = read_image(record["image"], side, None if self.scenes else rng)
             except UserError as e:                             # grey, and marked: nothing is learnt from it
                 image, bad = torch.full((3, side, side), 127, dtype=torch.uint8), str(e)
+        every = {"caption": record["captions"], "phrase": [p for row in parses for p, _ in row], "subject": [s for row in parses for _, s in row]}
         return {"image": image, "bad": bad, "name": str(record["image"]) if bad else "", "text": text, "ids": ids, "masked": masked,
-                "composite": [encode(self.vocabulary, t) for t in composite],
-                "keys": {"caption": {key(c) for c in record["captions"]}, "phrase": {key(p) for p, _ in all_phrases},
-                         "subject": {key(s) for _, s in all_phrases}}}
+                "composite": [encode(self.vocabulary, t) for t in composite], "keys": {level: set(map(key, texts)) for level, texts in every.items()}}
 
 def collate(samples):
     """Samples as a batch: image (this rank's, 3, side, side) uint8; each level n <= B texts: ids, masked, labels (n, L), rows (n,) of their images.
 
     positives (B, n): whether the parse of an image has a text, be it another image's: "a dog" describes every picture of one.
-    own: the slice of the n texts whose images are this rank's. Where an image is not readable also good (this rank's,), and bad {name: why}.
+    own: the slice of the n texts whose images are this rank's. good (this rank's,): which images are readable; bad: {name: why} of the others.
     """
     mine = [i for i, s in enumerate(samples) if s["image"] is not None]
-    batch = {"image": torch.stack([samples[i]["image"] for i in mine])}
+    batch = {"image": torch.stack([samples[i]["image"] for i in mine]), "good": torch.tensor([not samples[i]["bad"] for i in mine]),
+             "bad": {("image", s["name"]): s["bad"] for s in samples if s["bad"]}}
     own = lambda rows: slice(sum(i < mine[0] for i in rows), sum(i <= mine[-1] for i in rows))
-    if any(s["bad"] for s in samples):
-        batch.update(good=torch.tensor([not samples[i]["bad"] for i in mine]), bad={("image", s["name"]): s["bad"] for s in samples if s["bad"]})
     for level in LEVELS[:3]:
         rows = [i for i, s in enumerate(samples) if level in s["ids"]]
         if rows:
@@ -640,14 +607,11 @@ class HIST(nn.Module):
     """A small ALBEF: image tokens, text tokens, fusion layers in which text looks at the image, and heads for ITC, ITM and MLM."""
     def __init__(self, o, vocabulary):
         super().__init__()
-        try:
+        with blaming(f"--vit {o.vit} --image-size {o.image_size}{' --pretrained (fetched once, by way of the network)' * o.pretrained}"):
             self.vit = scenes_vit(o) if o.vit == "scenes" else timm.create_model(o.vit, pretrained=o.pretrained, num_classes=0, img_size=o.image_size)
-        except Exception as e:                                 # timm has as many exceptions as models, and the network more
-            raise UserError(f"--vit {o.vit} --image-size {o.image_size}{' --pretrained (fetched once, by way of the network)' * o.pretrained}: {e}")
-        if not all(hasattr(self.vit, part) for part in ("patch_embed", "blocks", "num_prefix_tokens")):
-            raise UserError(f"--vit {o.vit} is no ViT; timm.list_models('vit*') lists them")
-        if any(o.image_size % p for p in self.vit.patch_embed.patch_size):
-            raise UserError(f"--image-size {o.image_size}: {o.vit} needs a multiple of its patch, {self.vit.patch_embed.patch_size[0]}")
+            insist(all(hasattr(self.vit, part) for part in ("patch_embed", "blocks", "num_prefix_tokens")), "no ViT; timm.list_models('vit*') lists them")
+            patch = self.vit.patch_embed.patch_size[0]
+            insist(o.image_size % patch == 0, f"the size must be a multiple of its patch, {patch}")
         like = timm.data.resolve_model_data_config(self.vit) if o.vit != "scenes" else {"mean": (0.5,) * 3, "std": (0.5,) * 3}
         self.register_buffer("scale", 255 * torch.tensor(like["std"]).view(3, 1, 1), persistent=False)
         self.register_buffer("shift", torch.tensor(like["mean"]).view(3, 1, 1) / torch.tensor(like["std"]).view(3, 1, 1), persistent=False)
@@ -1056,24 +1020,21 @@ def draw_curves(metrics, path):
 def write_whole(path, data):
     """Write text, or an object as torch.save does, to a temporary file that then becomes path: what path names is whole, or as it was before."""
     part = path.with_name(path.name + ".tmp")
+    part.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as f:
+        with blaming(f"{path} could not be written; the one before is {'kept' if path.exists() else 'not there'}"), open(part, "wb") as f:
             f.write(data.encode()) if isinstance(data, str) else torch.save(data, f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:                       # torch.save calls a full disk a RuntimeError
+            os.replace(part, path)
+    finally:
         part.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written: {str(e).splitlines()[0]}; the one before is {'kept' if path.exists() else 'not there'}")
 
 def load_checkpoint(path, device="cpu"):
     """What torch.save wrote, no code run; UserError where path is no checkpoint of this program."""
-    try:
+    with blaming(f"{path} is no checkpoint of hist.py"):
         saved = torch.load(path, map_location=device, weights_only=True)
         return saved if saved["model"] and saved["options"] else None
-    except Exception as e:                                     # torch.load has as many exceptions as there are ways to be no checkpoint
-        raise UserError(f"{path} is no checkpoint of hist.py: {repr(e).splitlines()[0][:200]}")
 
 def read_metrics(path):
     """The objects of metrics.jsonl; a last line cut short, by a kill or a full disk, is left out."""
@@ -1081,19 +1042,16 @@ def read_metrics(path):
 
 def peak_memory(o):
     """The most memory, in GiB, that this process has held: the GPU's, or else the machine's."""
-    if o.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (torch.cuda.max_memory_allocated() if o.device == "cuda" else own) / 2 ** 30
 
 def restore(path, o):
     """(model, vocabulary, checkpoint) from a checkpoint file and options that fit it."""
     saved = load_checkpoint(path, o.device)
     vocabulary = {w: i for i, w in enumerate(saved["vocabulary"])}
     model = HIST(replace(o, pretrained=False), vocabulary).to(o.device)
-    try:
+    with blaming(f"{path} does not fit the options given"):
         model.load_state_dict(saved["model"])
-    except RuntimeError as e:
-        raise UserError(f"{path} does not fit the options given: {str(e).splitlines()[1].strip()}")
     return model, vocabulary, saved
 
 def ignore_interrupt(worker):
@@ -1104,9 +1062,8 @@ def ignore_interrupt(worker):
 @contextmanager
 def interrupts():
     """A list in which Ctrl-C, or SIGTERM, leaves a mark, so that neither cuts a step in two; on one process a second Ctrl-C is not waited for."""
-    stop, usual = [], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    for s in usual:
-        signal.signal(s, lambda *_: stop.append(RANKS > 1 or signal.signal(signal.SIGINT, usual[signal.SIGINT])))
+    stop, mark = [], lambda *_: stop.append(RANKS > 1 or signal.signal(signal.SIGINT, usual[signal.SIGINT]))
+    usual = {s: signal.signal(s, mark) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
@@ -1119,23 +1076,20 @@ def loader(samples, o, start, end):
                            pin_memory=o.device == "cuda", prefetch_factor=4 if o.workers else None, worker_init_fn=ignore_interrupt,
                            generator=torch.Generator()))       # its own generator: ours is the checkpoint's
 
-def train(name, levels, samples, o, steps, base=None):
+def train(name, levels, samples, o, steps):
     """Train one model with these levels, or go on from its checkpoint; returns (model, seconds of training).
 
-    base: a checkpoint to start from, whose images are not seen again; else weights by o.seed. So all trainings from one base
-    start from the same weights and see the same images and captions in the same order.
+    After --base-steps, every other training starts from the checkpoint of "base", whose images are not seen again; without, from weights
+    by o.seed. So all start from the same weights and see the same images and captions in the same order.
     """
-    path, metrics, B, cuda = Path(o.out) / f"{name}.pt", Path(o.out) / "metrics.jsonl", o.batch_size, o.device == "cuda"
+    out, B, cuda = Path(o.out), o.batch_size, o.device == "cuda"
+    path, metrics, base = out / f"{name}.pt", out / "metrics.jsonl", o.base_steps and name != "base"
+    first, start, seconds, again = o.base_steps if base else 0, 0, 0.0, o.resume and path.exists()
     torch.manual_seed(o.seed)
-    model, start, seconds, saved = HIST(o, samples.vocabulary).to(o.device), 0, 0.0, None
-    first = o.base_steps if base else 0
-    if o.resume and path.exists():
-        model, _, saved = restore(path, o)
-        start, seconds = saved["step"], saved["seconds"]
-        if saved["vocabulary"] != list(samples.vocabulary):
-            raise UserError(f"{path} was trained on other captions: --resume goes on with the same --data")
-    elif base:
-        model, _, _ = restore(base, o)
+    model = HIST(o, samples.vocabulary).to(o.device)
+    if again or base:
+        model, vocabulary, saved = restore(path if again else out / "base.pt", o)
+        insist(vocabulary == samples.vocabulary, f"{path} was trained on other captions: --resume goes on with the same --data")
     if RANKS > 1 and cuda:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if o.compile:                                              # the ViT alone: text has a new length each step, and Grad-CAM a second derivative
@@ -1143,8 +1097,8 @@ def train(name, levels, samples, o, steps, base=None):
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr / (2 if base else 1), weight_decay=0.02, betas=(0.9, 0.98), fused=o.device != "mps")
     warmup, cosine = max(1, min(100, steps // 10)), lambda step: max(0.01, (1 + math.cos(math.pi * step / max(1, steps))) / 2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / warmup) * cosine(step))
-    batches = loader(samples, o, (first + start) * B, (first + steps) * B)
-    if saved:
+    if again:
+        start, seconds = saved["step"], saved["seconds"]
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         torch.set_rng_state(saved["random"]["cpu"].cpu())
@@ -1153,6 +1107,7 @@ def train(name, levels, samples, o, steps, base=None):
     if not RANK:
         kept = [k for k in read_metrics(metrics) if k["run"] != name or k["step"] <= start and "losses" in k]
         write_whole(metrics, "".join(json.dumps(k) + "\n" for k in kept))
+    batches = loader(samples, o, (first + start) * B, (first + steps) * B)
     whole = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if RANKS > 1 else model
     model.train()
     waiting, begun, unread, kept = [], time.time() - seconds, {}, start
@@ -1166,7 +1121,7 @@ def train(name, levels, samples, o, steps, base=None):
             optimizer.zero_grad()
             for part in range(o.accumulate):
                 batch = next(batches)
-                unread.update(batch.pop("bad", {}))
+                unread.update(batch.pop("bad"))
                 whole.require_backward_grad_sync = part == o.accumulate - 1       # ranks average their gradients once a step
                 with torch.autocast(o.device, torch.bfloat16, enabled=cuda):
                     losses, figures = whole(to_device(batch, o.device), now, hardness, o.cam_layer)
@@ -1190,21 +1145,21 @@ def train(name, levels, samples, o, steps, base=None):
                     losses = {k: round(v, 5) for k, v in shown.items() if k.split("_")[0] in LEVELS}
                     wrong = [k for k, v in shown.items() if not math.isfinite(v) and (k in losses or k == "gradient")]
                     if wrong:
-                        images = samples.names(range((first + n - 1) * B, (first + n) * B))
+                        images = [samples.index(p) for p in range((first + n - 1) * B, (first + n) * B)]
+                        images = ", ".join(f"scene {i}" if samples.scenes else str(samples.records[i]["image"]) for i in images)
                         raise UserError(f"step {n} of {name}: {', '.join(wrong)} not finite; the checkpoint {path} is of step {kept or 'none'}; "
                                         f"a lower --lr may help, or a look at that step's images: {images}")
-                    figures = {k: v for k, v in shown.items() if k not in losses}
-                    log.write(json.dumps({"run": name, "step": n, "losses": losses, **figures}) + "\n")
+                    log.write(json.dumps({"run": name, "step": n, "losses": losses, **{k: v for k, v in shown.items() if k not in losses}}) + "\n")
                 bar.set_postfix_str(" ".join(f"{k} {v:.2f}" for k, v in losses.items()))
                 leave_out(unread, o, len(samples.records))
                 waiting, halt = [], next(values) > 0
                 if save or halt:
                     seconds, kept = time.time() - begun, step + 1
                     log.flush()
-                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": kept,
-                             "seconds": seconds, "vocabulary": list(samples.vocabulary), "options": asdict(o),
-                             "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}}
-                    write_whole(path, state) if not RANK else None
+                    if not RANK:
+                        write_whole(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": kept,
+                                           "seconds": seconds, "vocabulary": list(samples.vocabulary), "options": asdict(o),
+                                           "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}})
                 if halt:
                     raise KeyboardInterrupt
     if RANKS > 1:
@@ -1236,9 +1191,7 @@ def command_line(argv=None):
         kind = {bool: dict(action="store_true"), list: dict(nargs="+", metavar="ARG")}.get(f.type, dict(type=f.type, metavar=f.type.__name__.upper()))
         shown = f" [{f.default}]" if f.default not in (0, -1, "", None) else ""
         p.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=f.metadata["help"] + shown, **kind)
-    def refuse(message):
-        raise UserError(f"{message}; python hist.py --help lists the options")
-    p.error = refuse
+    p.error = lambda message: insist(False, f"{message}; python hist.py --help lists the options")
     return vars(p.parse_args(argv))
 
 def settle(given):
@@ -1249,8 +1202,8 @@ def settle(given):
         anywhere = o.ground and not {"out", "data"} & set(given)
         found = sorted(Path("out" if anywhere else o.out).glob("*/*.pt" if anywhere else "*.pt"), key=lambda path: path.stat().st_mtime)
         begun = Path(o.out) / "options.json"                   # killed before its first checkpoint: the run begins again
-        if not found and not (o.resume and begun.exists()):
-            raise UserError(f"no checkpoint in {'out' if anywhere else o.out}: train first (python hist.py), or say --out FOLDER of a run")
+        insist(found or o.resume and begun.exists(),
+               f"no checkpoint in {'out' if anywhere else o.out}: train first (python hist.py), or say --out FOLDER of a run")
         once = dict(resume=False, eval_only=False, ablate=False, bench=False, ground=None, download=False, device="auto")
         saved = load_checkpoint(found[-1])["options"] if found else json.loads(begun.read_text())
         o = Options(**{**saved, **once, **given, "out": str(found[-1].parent) if found else o.out})
@@ -1261,94 +1214,76 @@ def settle(given):
         o.cam_layer = o.fusion_layers - 1 if o.data == "scenes" else (o.fusion_layers - 1) // 2
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     o.device = next(d for d in here if here[d]) if o.device == "auto" else o.device
-    least = {**dict.fromkeys(("eval_images", "base_steps", "steps", "workers", "lr", "max_bad", "text_layers"), 0), "image_size": 16, "width": 8,
-             **dict.fromkeys(("batch_size", "accumulate", "fusion_layers", "seeds", "save_every", "vocab_size"), 1)}
-    low = [name for name, value in least.items() if not getattr(o, name) >= value]
-    wrong = [level for level in o.levels.split(",") if level not in LEVELS]
-    if low:
-        raise UserError(f"--{low[0].replace('_', '-')} {getattr(o, low[0])}: at least {least[low[0]]}, please")
-    for bad, message in (
-            (o.width % max(4, o.width // 64), f"--width {o.width}: take a multiple of 64, so that its heads are of one size"),
-            (not 0 <= o.cam_layer < o.fusion_layers, f"--cam-layer {o.cam_layer}: there are {o.fusion_layers} fusion layers, 0 the first"),
-            (wrong, wrong and f"--levels {o.levels}: there is no level {wrong[0]!r}; the levels are {','.join(LEVELS)}"),
-            (o.parses and o.data == "scenes", "--parses: scenes are drawn without end and parsed as they come; say --data coco or --data FILE.jsonl"),
-            (o.pretrained and o.vit == "scenes", "--pretrained: the model of the scenes has no pretrained weights; say --vit NAME"),
-            (o.batch_size % (o.accumulate * RANKS), f"--batch-size {o.batch_size}: take a multiple of --accumulate {o.accumulate} x {RANKS} GPUs"),
-            (RANKS > 1 and (o.ablate or o.bench), "--ablate and --bench run on one GPU: start them without torchrun"),
-            (o.device not in here, f"--device {o.device}: auto, cpu, cuda or mps"),
-            (not here.get(o.device), f"--device {o.device}: this machine has none that PyTorch can use")):
-        if bad:
-            raise UserError(message)
+    for f in fields(o):
+        least, value = f.metadata["least"], getattr(o, f.name)
+        insist(least is None or value >= least, f"--{f.name.replace('_', '-')} {value}: at least {least}, please")
+    insist(o.width % max(4, o.width // 64) == 0, f"--width {o.width}: take a multiple of 64, so that its heads are of one size")
+    insist(0 <= o.cam_layer < o.fusion_layers, f"--cam-layer {o.cam_layer}: there are {o.fusion_layers} fusion layers, 0 the first")
+    insist(set(o.levels.split(",")) <= set(LEVELS), f"--levels {o.levels}: the levels are {','.join(LEVELS)}")
+    insist(not o.parses or o.data != "scenes", "--parses: scenes are drawn without end and parsed as they come; say --data coco or --data FILE.jsonl")
+    insist(not o.pretrained or o.vit != "scenes", "--pretrained: the model of the scenes has no pretrained weights; say --vit NAME")
+    insist(o.batch_size % (o.accumulate * RANKS) == 0, f"--batch-size {o.batch_size}: take a multiple of --accumulate {o.accumulate} x {RANKS} GPUs")
+    insist(RANKS == 1 or not (o.ablate or o.bench), "--ablate and --bench run on one GPU: start them without torchrun")
+    insist(here.get(o.device), f"--device {o.device}: auto, or what this machine has: {', '.join(d for d in here if here[d])}")
     return o
 
 def ground(o):
     """--ground PICTURE PHRASE …: where the last trained model looks, over a person's own picture."""
     picture, *phrases = o.ground
-    wrong = "say at least one phrase" if not phrases else "" if Path(picture).is_file() else f"there is no picture {picture}"
-    if wrong:
-        raise UserError(f'--ground PICTURE "a red circle" "a blue star": {wrong}')
+    insist(phrases, '--ground PICTURE "a red circle" "a blue star": say at least one phrase')
+    insist(Path(picture).is_file(), f"--ground: there is no picture {picture}")
     path = Path(o.out) / ("hist.pt" if (Path(o.out) / "hist.pt").exists() else "baseline.pt")
     model, vocabulary, _ = restore(path, o)
     new = sorted({w for p in phrases for w in split_words(p)} - set(vocabulary))
     if new:
         print(f"not in the vocabulary, read as [UNK]: {', '.join(new)}", file=sys.stderr)
     row = panels(Path(picture).name, model, vocabulary, load_pixels(picture, upright=True), phrases, [], o)
-    draw_panels([row], Path(o.out) / "ground.png", f"Where {path} looks")
-    print(Path(o.out) / "ground.png")
+    draw_panels([row], path.with_name("ground.png"), f"Where {path} looks")
+    print(path.with_name("ground.png"))
 
 def prepare(o):
     """(samples to train on, held-out records) of a run, its folder made and its options settled."""
     if RANK:
         torch.distributed.barrier()                            # rank 0 is first: it clears the folder and fills the caches
-    out = Path(o.out)
-    if not (o.resume or o.bench or RANK):
+    out, fresh = Path(o.out), not (o.resume or o.bench or RANK)
+    if fresh:
         (out / "skipped.jsonl").unlink(missing_ok=True)
     records, held_out = load_data(o)
     held_out = readable(held_out, o)
     o.batch_size = min(o.batch_size, len(records) // (RANKS * o.accumulate) * RANKS * o.accumulate)
-    if not o.batch_size:
-        raise UserError(f"{len(records)} images are too few for {RANKS} GPUs and --accumulate {o.accumulate}")
+    insist(o.batch_size, f"{o.data}: {len(records)} images to train on are too few for {RANKS} GPUs and --accumulate {o.accumulate}")
     o.steps = o.steps or max(1, 10 * len(records) // o.batch_size)
-    few = range(100_000, 102_000) if o.data == "scenes" else range(len(records))
-    captions = [c for i in few for c in records[i]["captions"]]
+    captions = [c for i in (range(100_000, 102_000) if o.data == "scenes" else range(len(records))) for c in records[i]["captions"]]
     samples = Samples(records, cached(f"{o.vocab_size} words", captions, lambda: build_vocabulary(captions, o.vocab_size), o), o)
     HIST(o, samples.vocabulary)                                # options that build no model stop here, before the last run goes
+    for old in (out / "options.json", *out.glob("*.pt"), out / "metrics.jsonl") if fresh else ():
+        old.unlink(missing_ok=True)
     if not RANK and not o.bench:
-        for old in () if o.resume else (out / "options.json", *out.glob("*.pt"), out / "metrics.jsonl"):
-            old.unlink(missing_ok=True)
         write_whole(out / "options.json", json.dumps(asdict(o), indent=1))
     if RANKS > 1 and not RANK:
         torch.distributed.barrier()
     return samples, held_out
 
-def train_base(samples, o):
-    """The checkpoint of --base-steps of captions alone, from which every training goes on; None without them."""
-    if o.base_steps:
-        train("base", ("caption",), samples, o, o.base_steps)
-        return Path(o.out) / "base.pt"
-
 def run(o):
-    """Train or load the models, evaluate them on the same held-out records, write the table and the pictures."""
+    """Train the models, or none with --eval-only, evaluate them on the same held-out records, write the table and the pictures."""
     out, models, results, pairs = Path(o.out), {}, {}, {}
     levels = {"baseline": ("caption",), "hist": tuple(o.levels.split(","))}
     if o.eval_only:
         held_out = readable(load_data(o)[1], o)
-        for name in [n for n in levels if (out / f"{n}.pt").exists()]:
-            models[name], vocabulary, saved = restore(out / f"{name}.pt", o)
-            results[name] = {"seconds": saved["seconds"]}
     else:
         samples, held_out = prepare(o)
-        vocabulary, base = samples.vocabulary, train_base(samples, o)
+        if o.base_steps:
+            train("base", ("caption",), samples, o, o.base_steps)
         for name in levels if levels["hist"] != levels["baseline"] else ["baseline"]:
-            models[name], seconds = train(name, levels[name], samples, o, o.steps, base)
-            results[name] = {"seconds": seconds}
-    if RANK:
-        return
-    for name, model in models.items():
-        measured, pairs[name] = evaluate(model, vocabulary, held_out, o)
-        results[name] |= measured
+            train(name, levels[name], samples, o, o.steps)
+    for name in [name for name in levels if (out / f"{name}.pt").exists() and not RANK]:
+        models[name], vocabulary, saved = restore(out / f"{name}.pt", o)
+        measured, pairs[name] = evaluate(models[name], vocabulary, held_out, o)
+        results[name] = {"seconds": saved["seconds"], **measured}
         with open(out / "metrics.jsonl", "a") as log:
             log.write(json.dumps({"run": name, "step": o.steps, "evaluation": results[name]}) + "\n")
+    if RANK:
+        return
     write_whole(out / "results.json", json.dumps(results, indent=1))
     before = f"{o.base_steps} steps with captions alone, then " if o.base_steps else ""
     print(f"\n{o.data}: {len(held_out)} held-out images, {before}{o.steps} steps of {o.batch_size}, seed {o.seed}, {o.device}, "
@@ -1361,11 +1296,10 @@ def run(o):
     draw_grounding(models, vocabulary, held_out, o, out / "grounding.png")
     if any(pairs.values()):
         draw_balance(pairs, out / "balance.png")
-        rated = {}                                             # by the IoU of the last model, each pair at the one threshold best for all
-        threshold = np.mean([p[3] for p in pairs[name]], 0).argmax()
-        for p in pairs[name]:
-            rated.setdefault(p[0], []).append(p[3][threshold])
-        draw_grounding(models, vocabulary, [held_out[i] for i in sorted(rated, key=lambda i: np.mean(rated[i]))[:4]], o, out / "worst.png")
+        image, iou = (np.array([p[k] for p in pairs[name]]) for k in (0, 3))
+        iou = iou[:, iou.mean(0).argmax()]                     # of each pair of the last model, at the one threshold best for all
+        worst = sorted(np.unique(image), key=lambda i: iou[image == i].mean())[:4]
+        draw_grounding(models, vocabulary, [held_out[i] for i in worst], o, out / "worst.png")
     print(f"in {out}: {' '.join(sorted(p.name for p in out.iterdir()))}")
 
 def beside(name, o):

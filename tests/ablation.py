@@ -26,12 +26,13 @@ def ablation(o):
         done = json.loads(path.read_text()) if path.exists() else {}
         if set(ROWS) - set(done):
             samples, held_out = hist.prepare(now)
-            base = hist.train_base(samples, now)
+            if now.base_steps:
+                hist.train("base", ("caption",), samples, now, now.base_steps)
             for row, levels in ROWS.items():
                 if row not in done:
                     steps = round(now.steps * done["all"]["seconds"] / done["caption"]["seconds"]) if "time" in row else now.steps
                     name = row.replace("+ ", "").replace(", ", "_").replace(" ", "_")
-                    model, seconds = hist.train(name, levels, samples, now, steps, base)
+                    model, seconds = hist.train(name, levels, samples, now, steps)
                     done[row] = {**hist.evaluate(model, samples.vocabulary, held_out, now)[0], "seconds": seconds}
                     hist.write_whole(path, json.dumps(done, indent=1))
         every.append(done)
