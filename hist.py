@@ -14,15 +14,12 @@ Read it from top to bottom: options, data, batches, model, Grad-CAM, losses, mea
 """
 import argparse, hashlib, importlib, itertools, json, math, os, random, resource, shlex, shutil, signal, sys, textwrap, time, urllib.request
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
-import numpy as np
-import timm, timm.data, torch, torch.distributed
-import torch.nn as nn
-import torch.nn.functional as F
+import numpy as np, timm, timm.data, torch, torch.distributed, torch.nn as nn, torch.nn.functional as F
 from matplotlib.figure import Figure                     # no pyplot: it would choose a backend for whoever imports this file
 from PIL import Image, ImageDraw, ImageOps
 from timm.layers import HybridEmbed
@@ -360,10 +357,9 @@ def read_jsonl(path):
         with blaming(path, line=n):
             r = json.loads(line)
             insist(isinstance(r, dict), 'a record is an object {"image": …, "captions": [ … ]}')
-            insist(text(r.get("image")), '"image" must be the path of a picture')
-            image = here / r["image"]
+            image = here / str(r.get("image"))
             insist(image.resolve().is_relative_to(here.resolve()), f"{image} leads out of {here.resolve()}")
-            insist(image.is_file(), f"there is no picture {image}")
+            insist(image.is_file(), f'"image": there is no picture {image}')
             insist(listed(r.get("captions"), text), '"captions" must be a list of at least one string')
             insist(not r.get("targets") or listed(r["targets"], target),
                    '"targets" must be a list of {"phrase": …, "boxes": [[x0, y0, x1, y1], …]}, x0 < x1, y0 < y1')
@@ -418,8 +414,7 @@ def encode(vocabulary, text):
 
 def pad(rows, value=PAD):
     """Lists of numbers as one tensor (n, longest)."""
-    longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 def mask_words(ids, rng, words):
     """(ids with 30% of the words hidden, one at least; their labels, -100 elsewhere): 8 in 10 as [MASK], 1 as another word, as BERT does."""
@@ -439,13 +434,12 @@ def cached(what, captions, make, o):
     """make(), or what it returned for the same captions and the same parse.py before: JSON beside the run's folder, for other runs too."""
     key = hashlib.sha256(json.dumps([what, captions]).encode() + Path(parser.__file__).read_bytes()).hexdigest()[:16]
     path = Path(o.out).parent / f"captions-{key}.json"
-    try:
+    with suppress(OSError, ValueError):
         return json.loads(path.read_text())
-    except (OSError, ValueError):
-        made = make()
-        if o.out and o.data != "scenes" and not RANK:          # scenes are drawn without end
-            write_whole(path, json.dumps(made))
-        return made
+    made = make()
+    if o.out and o.data != "scenes" and not RANK:              # scenes are drawn without end
+        write_whole(path, json.dumps(made))
+    return made
 
 def key(text):
     """What makes two texts one: neither case nor a leading article counts ("A dog", "the dog", "dog")."""
@@ -560,19 +554,16 @@ class Attention(nn.Module):
 
     def keys_values(self, source):
         """source (B, N, source_width) -> (2, B, heads, N, d)."""
-        B, N, _ = source.shape
-        return self.key_value(source).view(B, N, 2, self.heads, self.query.in_features // self.heads).permute(2, 0, 3, 1, 4)
+        return self.key_value(source).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def forward(self, x, keys_values, mask=None):
         """x (B, L, width) looks at (2, B, heads, N, d), where mask (B, N) is True: returns (B, L, width), A (B, heads, L, N)."""
-        B, L, width = x.shape
-        keys, values = keys_values
-        q = self.query(x).view(B, L, self.heads, width // self.heads).transpose(1, 2)                       # (B, heads, L, d)
+        q, (keys, values) = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2), keys_values     # (B, heads, L, d)
         scores = q @ keys.transpose(-2, -1) / math.sqrt(q.shape[-1])                       # (B, heads, L, N)
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
         A = scores.softmax(-1)
-        return self.out((A @ values).transpose(1, 2).reshape(B, L, width)), A
+        return self.out((A @ values).transpose(1, 2).flatten(2)), A
 
 class Layer(nn.Module):
     """A transformer layer, norms first; given an image width, one that also looks at the image."""
@@ -892,7 +883,7 @@ def evaluate(model, vocabulary, records, o):
     Pairs: [(image, balance, area of the union, IoU at each threshold, areas (2,), masses (2,)), ...].
     """
     side, device, rng = o.image_size, next(model.parameters()).device, random.Random(0)
-    points, pairs, right, features, captions = {}, [], {}, [], [(i, c) for i, r in enumerate(records) for c in r["captions"]]
+    counts, pairs, features, captions = {}, [], [], [(i, c) for i, r in enumerate(records) for c in r["captions"]]
     load = lambda start, end: torch.stack([read_image(r["image"], side) for r in records[start:end]]).to(device)
     model.eval()
     for start in tqdm(range(0, len(records), 32), desc="evaluating", unit_scale=32, unit="img", leave=False):
@@ -912,15 +903,15 @@ def evaluate(model, vocabulary, records, o):
         for (row, kinds, _, named, chance), heat in zip(asked, maps):
             boxes, mask = (np.logical_or.reduce([t[k] for t in named]) for k in (1, 2))
             for kind in kinds:
-                points.setdefault(kind, []).append((pointing_game(heat, boxes), pointing_game(heat, mask), chance, boxes.mean()))
+                counts.setdefault(f"pointing_{kind}", []).append((pointing_game(heat, boxes), chance, pointing_game(heat, mask), boxes.mean()))
             if not kinds:
                 areas, masses = zip(*((t[2].mean(), heat[t[2]].sum() / max(heat.sum(), 1e-12)) for t in named))
                 pairs.append((start + row, balance(heat, named[0][2], named[1][2]), mask.mean(), multi_object_iou(heat, mask), areas, masses))
         questions = [(row, *q) for row, r in enumerate(batch) for q in r.get("questions", [])]
         for (_, kind, _, choices, true), said in zip(questions, answer(model, vocabulary, images, questions) if questions else ()):
-            right.setdefault(kind, []).append((said == true, 1 / len(choices)))
-    names = ("", "_in_mask", "_chance", "_chance_pixel")
-    result = {f"pointing_{kind}{name}": v for kind, rows in points.items() for name, v in zip(names, np.mean(rows, 0))}
+            counts.setdefault(f"vqa_{kind}", []).append((said == true, 1 / len(choices)))
+    names = ("", "_chance", "_in_mask", "_chance_pixel")
+    result = {f"{what}{name}": v for what, rows in counts.items() for name, v in zip(names, np.mean(rows, 0))}
     if pairs:
         image, balances, area, iou = (np.array(column) for column in zip(*(p[:4] for p in pairs)))
         best = [iou[image % 2 != half].mean(0).argmax() if (image % 2 != half).any() else 9 for half in (0, 1)]
@@ -933,54 +924,44 @@ def evaluate(model, vocabulary, records, o):
         result[f"r1_image_to_text{name}"] = (owner[to_text.argmax(1)] == torch.arange(len(records), device=device)).float().mean()
         result[f"r1_text_to_image{name}"] = (to_image.argmax(0) == owner).float().mean()
         result[f"r1_image_to_text{name}_chance"] = result[f"r1_text_to_image{name}_chance"] = 1 / len(records)
-    for kind, rows in right.items():
-        result[f"vqa_{kind}"], result[f"vqa_{kind}_chance"] = np.mean(rows, 0)
-    if right:
-        result["vqa"], result["vqa_chance"] = (np.mean([result[f"vqa_{kind}{name}"] for kind in right]) for name in ("", "_chance"))
+    kinds = [what for what in counts if what.startswith("vqa_")]
+    result |= {f"vqa{name}": np.mean([result[f"{kind}{name}"] for kind in kinds]) for name in ("", "_chance") if kinds}
     agreement = [occlusion_agreement(model, vocabulary, r["image"], t["phrase"], o) for r in records[:32] for t in r["targets"][:2]]
-    if agreement:
-        result["occlusion"], result["occlusion_chance"] = np.nanmean(agreement), 0
+    result |= {"occlusion": np.nanmean(agreement), "occlusion_chance": 0} if agreement else {}
     return {k: round(float(v), 5) for k, v in result.items()}, pairs
 
 # ------------------------------------------------------------------------------------------------------- pictures
-def draw_panels(rows, path, title):
-    """Rows of panels (text, image (H, W, 3), map (side, side) or None, target region (side, side) or None) as a picture file."""
+def draw_grounding(models, vocabulary, records, o, path):
+    """Where each model looks in the first eight records with two things to name (or else one): a row a model of the image, the map of each
+    phrase and of all together, in brackets the probability that they match, and the target as a white line."""
+    things = lambda r: r.get("phrases") or ([t["phrase"] for t in r["targets"]] or [phrase for phrase, _ in phrases_of(r["captions"][0])])[:2]
+    chosen, rows = ([r for r in records if len(things(r)) > 1] or [r for r in records if things(r)])[:8], []
+    for r, (name, model) in itertools.product(chosen, models.items()):
+        picture, phrases = load_pixels(r["image"]), things(r)
+        texts, regions = phrases + [" and ".join(phrases)] * (len(phrases) > 1), [boxes for _, boxes, _ in truth(r, o.image_size)[:2]]
+        regions = regions + [np.logical_or.reduce(regions)] if regions else [None] * len(texts)
+        maps, match = maps_of(model, vocabulary, read_image(picture, o.image_size)[None].to(o.device), texts, [0] * len(texts), o)
+        shown = [(f"{text} ({m:.2f})", heat, region) for text, m, heat, region in zip(texts, match, maps, regions)]
+        rows.append([(picture, panel) for panel in [(f"{name}: {r['captions'][0]}", None, None), *shown]])
+    if not rows:
+        return
     figure = Figure(figsize=(2.6 * len(rows[0]), 2.75 * len(rows) + 1), layout="constrained")
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
-    for ax, (text, image, heat, region) in zip(axes.flat, itertools.chain(*rows)):
-        ax.imshow(image, extent=(0, 1, 1, 0), aspect=image.shape[0] / image.shape[1])
+    for ax, (picture, (text, heat, region)) in zip(axes.flat, itertools.chain(*rows)):
+        ax.imshow(picture, extent=(0, 1, 1, 0), aspect=picture.shape[0] / picture.shape[1])
         if heat is not None:
-            shown = ax.imshow(heat / max(heat.max(), 1e-12), extent=(0, 1, 1, 0), aspect="auto", cmap="inferno", alpha=0.7, vmin=0, vmax=1)
-            ax.set_aspect(image.shape[0] / image.shape[1])
+            colours = ax.imshow(heat / max(heat.max(), 1e-12), extent=(0, 1, 1, 0), aspect="auto", cmap="inferno", alpha=0.7, vmin=0, vmax=1)
+            ax.set_aspect(picture.shape[0] / picture.shape[1])
             y, x = divmod(int(heat.argmax()), heat.shape[1])
             ax.plot((x + 0.5) / heat.shape[1], (y + 0.5) / heat.shape[0], "x", color="cyan", markersize=9, markeredgewidth=2)
         if region is not None:
             ax.contour(region, [0.5], extent=(0, 1, 0, 1), colors="white", linewidths=1.5)
         ax.set_title(textwrap.fill(text, 32), fontsize=9, parse_math=False)
         ax.set_axis_off()
-    figure.colorbar(shown, ax=axes, location="bottom", shrink=0.6, aspect=50, pad=0.05 / len(rows),
+    figure.colorbar(colours, ax=axes, location="bottom", shrink=0.6, aspect=50, pad=0.05 / len(rows),
                     label="Grad-CAM, share of each map's maximum (cross: its highest point; white line: the target)")
-    figure.suptitle(title)
+    figure.suptitle("Where each model looks for a phrase, and for several (in brackets: the probability that it matches)")
     figure.savefig(path, dpi=100, bbox_inches="tight")
-
-def panels(name, model, vocabulary, image, phrases, regions, o):
-    """One row of panels: the image under a name, the map of each phrase, and the map of all of them together."""
-    pixels = read_image(image, o.image_size)
-    texts = phrases + [" and ".join(phrases)] * (len(phrases) > 1)
-    regions = regions + [np.logical_or.reduce(regions)] if regions else [None] * len(texts)
-    maps, match = maps_of(model, vocabulary, pixels[None].to(o.device), texts, [0] * len(texts), o)
-    picture = load_pixels(image)
-    return [(name, picture, None, None)] + [(f"{t} ({m:.2f})", picture, h, r) for t, m, h, r in zip(texts, match, maps, regions)]
-
-def draw_grounding(models, vocabulary, records, o, path):
-    """The first eight records with two things to point at (or else one): image and maps, a row for each model."""
-    things = lambda r: [t["phrase"] for t in r["targets"]] or [phrase for phrase, _ in phrases_of(r["captions"][0])]
-    rows = []
-    for r in ([r for r in records if len(things(r)) > 1] or [r for r in records if things(r)])[:8]:
-        regions = [boxes for _, boxes, _ in truth(r, o.image_size)[:2]]
-        rows += [panels(f"{name}: {r['captions'][0]}", model, vocabulary, r["image"], things(r)[:2], regions, o) for name, model in models.items()]
-    if rows:
-        draw_panels(rows, path, "Where each model looks for a phrase, and for two (in brackets: the probability that it matches)")
 
 def draw_balance(pairs, path):
     """For each model, how the map of a pair divides: the larger object's share of both masses against its share of both areas, and the balance."""
@@ -1001,19 +982,18 @@ def draw_balance(pairs, path):
 
 def draw_curves(metrics, path):
     """The losses of metrics.jsonl against the step, a panel a loss, a line a training; each point the mean of a fiftieth."""
-    lines = [line for line in read_metrics(metrics) if "losses" in line]
-    names = list(dict.fromkeys(k for line in lines for k in line["losses"]))
-    figure = Figure(figsize=(12, 2.6 * math.ceil(len(names) / 3)), layout="constrained")
-    axes = figure.subplots(math.ceil(len(names) / 3), 3, squeeze=False).flat
-    for ax, name in itertools.zip_longest(axes, names):
-        ax.set_visible(name is not None)
-        for colour, run in enumerate(dict.fromkeys(line["run"] for line in lines)):
-            points = np.array([(line["step"], line["losses"][name]) for line in lines if line["run"] == run and name in line["losses"]])
-            if len(points):
-                parts = np.array_split(points, min(50, len(points)))
-                ax.plot(*np.array([part.mean(0) for part in parts]).T, color=f"C{colour}", label=run)
-                ax.set(title=f"{name.replace('_', ' ')} loss", xlabel="step")
-                ax.legend()
+    points, runs = {}, []                                      # {loss: {training: [(step, value), …]}}
+    for line in [line for line in read_metrics(metrics) if "losses" in line]:
+        runs += [line["run"]] * (line["run"] not in runs)
+        for name, value in line["losses"].items():
+            points.setdefault(name, {}).setdefault(line["run"], []).append((line["step"], value))
+    figure = Figure(figsize=(12, 2.6 * math.ceil(len(points) / 3)), layout="constrained")
+    for n, (name, lines) in enumerate(points.items(), 1):
+        ax = figure.add_subplot(math.ceil(len(points) / 3), 3, n, title=f"{name.replace('_', ' ')} loss", xlabel="step")
+        for run, values in lines.items():
+            parts = np.array_split(np.array(values), min(50, len(values)))
+            ax.plot(*np.array([part.mean(0) for part in parts]).T, color=f"C{runs.index(run)}", label=run)
+        ax.legend()
     figure.savefig(path, dpi=100)
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -1057,7 +1037,6 @@ def restore(path, o):
 def ignore_interrupt(worker):
     """Ctrl-C is the main process's to answer: a process that loads images goes on with the step, and ends when it is told to."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 @contextmanager
 def interrupts():
@@ -1237,8 +1216,8 @@ def ground(o):
     new = sorted({w for p in phrases for w in split_words(p)} - set(vocabulary))
     if new:
         print(f"not in the vocabulary, read as [UNK]: {', '.join(new)}", file=sys.stderr)
-    row = panels(Path(picture).name, model, vocabulary, load_pixels(picture, upright=True), phrases, [], o)
-    draw_panels([row], path.with_name("ground.png"), f"Where {path} looks")
+    record = {"image": load_pixels(picture, upright=True), "captions": [Path(picture).name], "targets": [], "phrases": phrases}
+    draw_grounding({path.stem: model}, vocabulary, [record], o, path.with_name("ground.png"))
     print(path.with_name("ground.png"))
 
 def prepare(o):
