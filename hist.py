@@ -649,23 +649,20 @@ class HIST(nn.Module):
         """training_losses: what DistributedDataParallel calls."""
         return training_losses(self, *batch_and_settings)
 
-class Gather(torch.autograd.Function):
+def gather(x, dim=0):
     """x of every rank, one after the other along dim; the gradient of x is the sum of what all ranks send back for it."""
-    @staticmethod
-    def forward(context, x, dim):
-        context.dim, parts = dim, [torch.empty_like(x) for _ in range(RANKS)]
-        torch.distributed.all_gather(parts, x)
-        return torch.cat(parts, dim)
-
-    @staticmethod
-    def backward(context, gradient):
+    if RANKS == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(RANKS)]
+    torch.distributed.all_gather(parts, x.detach().contiguous())
+    whole = torch.cat([*parts[:RANK], x, *parts[RANK + 1:]], dim)
+    def summed(gradient):
         total = gradient.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total)
-        return total.chunk(RANKS, context.dim)[RANK], None
-
-def gather(x, dim=0):
-    """x of every rank along dim, with gradients; of a single process, x."""
-    return x if RANKS == 1 else Gather.apply(x.contiguous(), dim)
+        return total
+    if whole.requires_grad:
+        whole.register_hook(summed)
+    return whole
 
 def share(loss, weight, total):
     """A mean over a rank's own texts, weighing weight of total: the mean over ranks of what this returns is the mean over all texts."""
@@ -1154,14 +1151,11 @@ TABLE = {"pointing_phrases": "pointing, phrases", "pointing_subjects": "pointing
 
 def table(results):
     """The results {training: {measure: value}} as text: a measure a line, a training a column, and what chance gives."""
-    show = lambda k, v: f"{'' if v is None else round(v) if k == 'seconds' else f'{100 * v:.1f}':>15}"
     first = next(iter(results.values()))
-    lines = [f"{'':20}" + "".join(f"{name:>15}" for name in (*results, "chance", "any pixel"))]
-    for k, title in TABLE.items():
-        if k in first:
-            chance = [first.get(f"{k}_chance"), first.get(f"{k}_chance_pixel")]
-            lines.append(f"{title:20}" + "".join(show(k, v) for v in [r[k] for r in results.values()] + chance))
-    return "\n".join(lines)
+    columns = {**results, "chance": {k: first.get(f"{k}_chance") for k in first}, "any pixel": {k: first.get(f"{k}_chance_pixel") for k in first}}
+    show = lambda k, v: f"{'' if v is None else round(v) if k == 'seconds' else f'{100 * v:.1f}':>15}"
+    rows = [f"{title:20}" + "".join(show(k, column[k]) for column in columns.values()) for k, title in TABLE.items() if k in first]
+    return "\n".join([f"{'':20}" + "".join(f"{name:>15}" for name in columns), *rows])
 
 def command_line(argv=None):
     """What was typed, {option: value}; only what was typed, since the defaults depend on the data and a checkpoint has its own."""
