@@ -38,8 +38,7 @@ class UserError(Exception):
 
 def insist(good, why):
     """UserError with the reason where something is not good."""
-    if not good:
-        raise UserError(why)
+    if not good: raise UserError(why)
 
 # ---------------------------------------------------------------------------------------------------- options
 LEVELS = ("caption", "phrase", "subject", "composition")
@@ -249,8 +248,7 @@ def download_coco(root):
         archive, folder = root / Path(name).name, "annotations" if "annotations" in name else Path(name).stem
         if not (root / folder).exists():
             root.mkdir(parents=True, exist_ok=True)
-            if not check_integrity(archive, md5):
-                fetch(COCO_URL + name, archive, md5)
+            if not check_integrity(archive, md5): fetch(COCO_URL + name, archive, md5)
             extract_archive(archive, root / "unpacking", remove_finished=True)
             (root / "unpacking" / folder).rename(root / folder)
 
@@ -285,10 +283,8 @@ def read_json(path, *names):
         return [read[name] for name in names]
 
 def read_coco(root, split, o=None):
-    """Records of COCO 2017: "train" with captions, "val" with targets too (the instances of each category in an image).
-
-    Boxes, masks and images are in the pixels as stored, not as an EXIF tag would turn them. With o, what cannot be used goes to leave_out.
-    """
+    """Records of COCO 2017: "train" with captions, "val" with targets too (the instances of each category in an image). Boxes, masks and
+    images are in the pixels as stored, not as an EXIF tag would turn them. With o, what cannot be used goes to leave_out."""
     folder, (captions, instances) = root / f"{split}2017", (root / f"annotations/{name}_{split}2017.json" for name in ("captions", "instances"))
     missing = [str(p) for p in (captions, instances, folder) if not p.exists()]
     insist(not missing, f"--root {root}: there is no {', no '.join(missing)}; --download fetches all (20 GB), or see https://cocodataset.org/#download")
@@ -320,18 +316,13 @@ def read_coco(root, split, o=None):
     records = [{**r, "targets": list(r["targets"].values())} for r in records.values() if "image" in r and r["captions"]]
     if bad:
         print(f"{folder}: {len(images) - len(records)} of {len(images)} images have no file or no caption; {len(bad)} entries are left out", file=sys.stderr)
-    if o:
-        leave_out(bad, o, len(images))
+    if o: leave_out(bad, o, len(images))
     return records
 
 def decode_mask(mask):
-    """A target's mask as a boolean array (height, width); raises an error where it is none.
-
-    mask: an array; or {"size": [height, width], "parts": […]}, a part being COCO's polygons [[x, y, x, y, …], …] or its
-    uncompressed run lengths {"counts": [zeros, ones, zeros, …], "size": [height, width]} down the columns (crowds).
-    """
-    if isinstance(mask, np.ndarray):
-        return mask
+    """A target's mask as a boolean array (height, width). mask: an array; or {"size": [height, width], "parts": […]}, a part being COCO's
+    polygons [[x, y, x, y, …], …] or its uncompressed run lengths {"counts": [zeros, ones, zeros, …]} down the columns (crowds)."""
+    if isinstance(mask, np.ndarray): return mask
     drawn, runs = Image.new("1", mask["size"][::-1]), np.zeros(mask["size"], dtype=bool)
     for part in mask["parts"]:
         if isinstance(part, dict):
@@ -342,11 +333,9 @@ def decode_mask(mask):
     return np.asarray(drawn) | runs
 
 def read_jsonl(path):
-    """A person's own records, (train, held out), one a line; raises UserError with the line's number and what is wrong.
-
-    {"image": path from this file's folder, "captions": [str, …], "targets": [{"phrase": str, "boxes": [[x0, y0, x1, y1], …],
-    "mask": as decode_mask takes it}, …], "split": "train", "val" or "test"}; targets, masks and split may be left out.
-    """
+    """A person's own records, (train, held out), one a line: {"image": path from this file's folder, "captions": [str, …], "targets":
+    [{"phrase": str, "boxes": [[x0, y0, x1, y1], …], "mask": as decode_mask takes it}, …], "split": "train", "val" or "test"}; targets, masks
+    and split may be left out. UserError gives the line's number and what is wrong."""
     listed = lambda v, good: isinstance(v, list) and v and all(map(good, v))
     text = lambda v: isinstance(v, str)
     box = lambda b: listed(b, lambda v: type(v) in (int, float)) and len(b) == 4 and b[0] < b[2] and b[1] < b[3]
@@ -374,10 +363,8 @@ def load_data(o):
     """(training records, held-out records) of --data."""
     if o.data == "scenes":
         return Scenes(1_000_000, o, "train", False), Scenes(o.eval_images or 500, o, "held out", True)
-    if o.data != "coco":
-        return read_jsonl(Path(o.data))
-    if o.download:
-        download_coco(Path(o.root))
+    if o.data != "coco": return read_jsonl(Path(o.data))
+    if o.download: download_coco(Path(o.root))
     return [read_coco(Path(o.root), split, o) for split in ("train", "val")]
 
 def readable(records, o):
@@ -437,8 +424,7 @@ def cached(what, captions, make, o):
     with suppress(OSError, ValueError):
         return json.loads(path.read_text())
     made = make()
-    if o.out and o.data != "scenes" and not RANK:              # scenes are drawn without end
-        write_whole(path, json.dumps(made))
+    if o.out and o.data != "scenes" and not RANK: write_whole(path, json.dumps(made))   # scenes are drawn without end
     return made
 
 def key(text):
@@ -448,8 +434,7 @@ def key(text):
 
 def load_pixels(image, upright=False):
     """A path or an array as an array (H, W, 3) uint8; as it is stored, or upright as its EXIF tag says. UserError where it is no picture."""
-    if isinstance(image, np.ndarray):
-        return image
+    if isinstance(image, np.ndarray): return image
     with blaming(f"{image}: not readable as a picture"), Image.open(image) as picture:
         picture = ImageOps.exif_transpose(picture) if upright else picture
         if picture.mode.startswith("I"):                       # 16 bits: convert() cuts at 255, and all is white
@@ -473,9 +458,7 @@ def epoch_order(n, seed, epoch):
 class Samples(Dataset):
     """What one image gives to a step, by its position in the run: pixels, a caption, one phrase of it, that phrase's subject, and a
     composite of two of its phrases. A caption without a phrase gives the caption alone, one with a single phrase no composite.
-
-    Of each batch a rank reads its own run of images, and the texts of all: every rank draws the same negatives from them.
-    """
+    Of each batch a rank reads its own run of images, and the texts of all: every rank draws the same negatives from them."""
     def __init__(self, records, vocabulary, o):
         self.records, self.vocabulary, self.o, self.scenes = records, vocabulary, o, isinstance(records, Scenes)
         if not self.scenes:                                    # each caption is parsed once
@@ -505,34 +488,30 @@ class Samples(Dataset):
             if others:
                 one, two = sorted((text["phrase"], rng.choice(others)), key=text["caption"].index)
                 composite = one, two, f"{one} and {two}"
-        ids = {level: encode(self.vocabulary, t) for level, t in text.items()}
-        masked = {level: mask_words(row, rng, len(self.vocabulary)) for level, row in ids.items()}
+        texts = {level: (ids := encode(self.vocabulary, t), *mask_words(ids, rng, len(self.vocabulary)), key(t)) for level, t in text.items()}
         if position * RANKS // (self.o.batch_size // self.o.accumulate) % RANKS == RANK:
             try:
                 image = read_image(record["image"], side, None if self.scenes else rng)
             except UserError as e:                             # grey, and marked: nothing is learnt from it
                 image, bad = torch.full((3, side, side), 127, dtype=torch.uint8), str(e)
         every = {"caption": record["captions"], "phrase": [p for row in parses for p, _ in row], "subject": [s for row in parses for _, s in row]}
-        return {"image": image, "bad": bad, "name": str(record["image"]) if bad else "", "text": text, "ids": ids, "masked": masked,
-                "composite": [encode(self.vocabulary, t) for t in composite], "keys": {level: set(map(key, texts)) for level, texts in every.items()}}
+        return {"image": image, "bad": bad, "name": str(record["image"]) if bad else "", "texts": texts,
+                "composite": [encode(self.vocabulary, t) for t in composite], "keys": {level: set(map(key, said)) for level, said in every.items()}}
 
 def collate(samples):
     """Samples as a batch: image (this rank's, 3, side, side) uint8; each level n <= B texts: ids, masked, labels (n, L), rows (n,) of their images.
-
     positives (B, n): whether the parse of an image has a text, be it another image's: "a dog" describes every picture of one.
-    own: the slice of the n texts whose images are this rank's. good (this rank's,): which images are readable; bad: {name: why} of the others.
-    """
+    own: the slice of the n texts whose images are this rank's. good (this rank's,): which images are readable; bad: {name: why} of the others."""
     mine = [i for i, s in enumerate(samples) if s["image"] is not None]
     batch = {"image": torch.stack([samples[i]["image"] for i in mine]), "good": torch.tensor([not samples[i]["bad"] for i in mine]),
              "bad": {("image", s["name"]): s["bad"] for s in samples if s["bad"]}}
     own = lambda rows: slice(sum(i < mine[0] for i in rows), sum(i <= mine[-1] for i in rows))
     for level in LEVELS[:3]:
-        rows = [i for i, s in enumerate(samples) if level in s["ids"]]
+        rows = [i for i, s in enumerate(samples) if level in s["texts"]]
         if rows:
-            keys = [key(samples[i]["text"][level]) for i in rows]
-            masked, labels = zip(*(samples[i]["masked"][level] for i in rows))
-            batch[level] = {"rows": torch.tensor(rows), "ids": pad([samples[i]["ids"][level] for i in rows]), "masked": pad(masked), "own": own(rows),
-                            "labels": pad(labels, -100), "positives": torch.tensor([[k in s["keys"][level] for k in keys] for s in samples])}
+            ids, masked, labels, keys = zip(*(samples[i]["texts"][level] for i in rows))
+            batch[level] = {"rows": torch.tensor(rows), "own": own(rows), "ids": pad(ids), "masked": pad(masked), "labels": pad(labels, -100),
+                            "positives": torch.tensor([[k in s["keys"][level] for k in keys] for s in samples])}
     rows = [i for i, s in enumerate(samples) if s["composite"]]
     if rows:                                                   # the first parts, the second parts, the composites: (3 n, L)
         ids = pad([samples[i]["composite"][part] for part in range(3) for i in rows])
@@ -560,8 +539,7 @@ class Attention(nn.Module):
         """x (B, L, width) looks at (2, B, heads, N, d), where mask (B, N) is True: returns (B, L, width), A (B, heads, L, N)."""
         q, (keys, values) = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2), keys_values     # (B, heads, L, d)
         scores = q @ keys.transpose(-2, -1) / math.sqrt(q.shape[-1])                       # (B, heads, L, N)
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
+        if mask is not None: scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
         A = scores.softmax(-1)
         return self.out((A @ values).transpose(1, 2).flatten(2)), A
 
@@ -651,8 +629,7 @@ class HIST(nn.Module):
 
 def gather(x, dim=0):
     """x of every rank, one after the other along dim; the gradient of x is the sum of what all ranks send back for it."""
-    if RANKS == 1:
-        return x
+    if RANKS == 1: return x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(RANKS)]
     torch.distributed.all_gather(parts, x.detach().contiguous())
     whole = torch.cat([*parts[:RANK], x, *parts[RANK + 1:]], dim)
@@ -660,8 +637,7 @@ def gather(x, dim=0):
         total = gradient.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total)
         return total
-    if whole.requires_grad:
-        whole.register_hook(summed)
+    if whole.requires_grad: whole.register_hook(summed)
     return whole
 
 def share(loss, weight, total):
@@ -681,6 +657,7 @@ def grad_cam(attention, score, mask, grid, prefix=1, create_graph=False):
     cam = (cam * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     return cam[:, prefix:].reshape(-1, *grid)
 
+@torch.enable_grad()                                           # a map is a gradient, whoever asks for it
 def locate(model, T, mask, image, rows, layer, create_graph=False):
     """Maps (n, height, width) of texts over the images of these rows, and the probability (n,) that they match."""
     logits, attentions = model.match(T, mask, image, rows)
@@ -813,12 +790,12 @@ def truth(record, side):
         targets.append((t["phrase"], boxes, mask if np.any(mask) else boxes))
     return targets
 
+@torch.no_grad()
 def maps_of(model, vocabulary, images, texts, rows, o):
     """Maps at pixel size (n, side, side), bicubic, of n texts over the images (B, 3, side, side) of these rows; match probabilities (n,)."""
     model.eval()
-    with torch.no_grad():
-        _, image = model.encode_image(images)
-        T, mask, _ = model.encode_text(pad([encode(vocabulary, t) for t in texts]).to(images.device))
+    _, image = model.encode_image(images)
+    T, mask, _ = model.encode_text(pad([encode(vocabulary, t) for t in texts]).to(images.device))
     maps, match = locate(model, T, mask, image, torch.tensor(rows, device=images.device), o.cam_layer)
     big = F.interpolate(maps.detach()[:, None].float(), size=images.shape[2:], mode="bicubic")[:, 0]
     return big.clamp(min=0).cpu().numpy(), match.tolist()
@@ -827,9 +804,8 @@ def answer(model, vocabulary, images, questions):
     """Answers to questions [(row, kind, cloze, choices, answer), ...] about images (B, 3, side, side): the choice that the language
     head thinks likeliest at [MASK]; without [MASK], the last choice where text and image match, else the first."""
     ids = pad([encode(vocabulary, cloze) for _, _, cloze, _, _ in questions]).to(images.device)
-    with torch.no_grad():
-        states, _ = model.fuse(*model.encode_text(ids)[:2], model.encode_image(images)[1], torch.tensor([q[0] for q in questions], device=images.device))
-        match, words = model.match_head(states[:, 0]).argmax(-1), model.word_head(states)
+    states, _ = model.fuse(*model.encode_text(ids)[:2], model.encode_image(images)[1], torch.tensor([q[0] for q in questions], device=images.device))
+    match, words = model.match_head(states[:, 0]).argmax(-1), model.word_head(states)
     hidden = [(row == MASK).nonzero()[:1, 0] for row in ids]
     return [choices[-int(match[i])] if not len(hidden[i]) and match[i] else choices[0] if not len(hidden[i]) else
             choices[int(words[i, hidden[i][0]][[vocabulary.get(c, UNK) for c in choices]].argmax())] for i, (*_, choices, _) in enumerate(questions)]
@@ -840,12 +816,11 @@ def rerank(model, images, T, mask, similarity, k=16):
     N, M = similarity.shape
     best = [torch.zeros_like(similarity, dtype=torch.bool).scatter_(d, similarity.topk(min(k, (M, N)[1 - d]), dim=d).indices, True) for d in (1, 0)]
     score = torch.full_like(similarity, -torch.inf)
-    with torch.no_grad():
-        for start in range(0, N, 32):
-            _, image = model.encode_image(images(start, start + 32))
-            for pairs in (best[0] | best[1])[start:start + 32].nonzero().split(512):
-                logits, _ = model.match(T[pairs[:, 1]], mask[pairs[:, 1]], image, pairs[:, 0])
-                score[start + pairs[:, 0], pairs[:, 1]] = logits.softmax(-1)[:, 1]
+    for start in range(0, N, 32):
+        _, image = model.encode_image(images(start, start + 32))
+        for pairs in (best[0] | best[1])[start:start + 32].nonzero().split(512):
+            logits, _ = model.match(T[pairs[:, 1]], mask[pairs[:, 1]], image, pairs[:, 0])
+            score[start + pairs[:, 0], pairs[:, 1]] = logits.softmax(-1)[:, 1]
     return [score.masked_fill(~chosen, -torch.inf) for chosen in best]
 
 def occlusion_agreement(model, vocabulary, image, phrase, o):
@@ -857,10 +832,9 @@ def occlusion_agreement(model, vocabulary, image, phrase, o):
     hidden = patch == torch.arange(height * width, device=device)[:, None, None]         # (patches, side, side)
     grey = pixels.flatten(1).float().mean(1).to(pixels.dtype)[:, None, None]
     images = torch.cat([pixels[None], torch.where(hidden[:, None], grey, pixels)])         # the image whole, then without each patch
-    with torch.no_grad():
-        _, kv = model.encode_image(images)
-        T, mask, _ = model.encode_text(pad([encode(vocabulary, phrase)]).to(device))
-        score = model.match(T.expand(len(images), -1, -1), mask.expand(len(images), -1), kv, torch.arange(len(images), device=device))[0][:, 1]
+    _, kv = model.encode_image(images)
+    T, mask, _ = model.encode_text(pad([encode(vocabulary, phrase)]).to(device))
+    score = model.match(T.expand(len(images), -1, -1), mask.expand(len(images), -1), kv, torch.arange(len(images), device=device))[0][:, 1]
     heat, _ = locate(model, T, mask, [x[:, :1] for x in kv], torch.zeros(1, dtype=torch.long, device=device), o.cam_layer)
     ranks = torch.stack([heat.detach().flatten(), score[0] - score[1:]]).argsort(1).argsort(1).float()
     return float(torch.corrcoef(ranks)[0, 1])
@@ -872,21 +846,18 @@ def subjects_found(records):
     precision, recall = ((found & said).total() / max(1, c.total()) for c in (found, said))
     return precision, recall, 2 * precision * recall / max(1e-12, precision + recall)
 
+@torch.no_grad()
 def evaluate(model, vocabulary, records, o):
-    """Every measure on held-out records, {name: 0 to 1}: pointing, several objects, retrieval, questions; and the pairs behind two of them.
-
-    "..._chance": what pointing at a random target of the image (R@1: a random image; questions: a random choice) would get;
-    "..._chance_pixel": at any pixel (IoU: marking all of them). The threshold of the IoU is chosen on the other half of the images.
-    Pairs: [(image, balance, area of the union, IoU at each threshold, areas (2,), masses (2,)), ...].
-    """
+    """Every measure on held-out records, {name: 0 to 1}; and the pairs of targets behind two of them, [(image, balance, area of the union,
+    IoU at each threshold, areas (2,), masses (2,)), ...]. "..._chance": what pointing at a random target of the image (R@1: a random image;
+    questions: a random choice) would get; "..._chance_pixel": at any pixel (IoU: marking all). The other half of the images chooses the IoU's threshold."""
     side, device, rng = o.image_size, next(model.parameters()).device, random.Random(0)
     counts, pairs, features, captions = {}, [], [], [(i, c) for i, r in enumerate(records) for c in r["captions"]]
     load = lambda start, end: torch.stack([read_image(r["image"], side) for r in records[start:end]]).to(device)
     model.eval()
     for start in tqdm(range(0, len(records), 32), desc="evaluating", unit_scale=32, unit="img", leave=False):
         batch, images = records[start:start + 32], load(start, start + 32)
-        with torch.no_grad():
-            features.append(model.encode_image(images)[0])
+        features.append(model.encode_image(images)[0])
         asked = []                                             # (row, kinds, text, targets it names, chance of an object)
         for row, record in enumerate(batch):
             targets, subjects = truth(record, side), {}
@@ -914,8 +885,7 @@ def evaluate(model, vocabulary, records, o):
         best = [iou[image % 2 != half].mean(0).argmax() if (image % 2 != half).any() else 9 for half in (0, 1)]
         result.update(multi_object_iou=iou[np.arange(len(iou)), np.array(best)[image % 2]].mean(), multi_object_iou_chance_pixel=area.mean(),
                       balance=balances.mean())
-    with torch.no_grad():
-        T, mask, text_features = model.encode_text(pad([encode(vocabulary, c) for _, c in captions]).to(device))
+    T, mask, text_features = model.encode_text(pad([encode(vocabulary, c) for _, c in captions]).to(device))
     similarity, owner = torch.cat(features) @ text_features.T, torch.tensor([i for i, _ in captions], device=device)
     for name, (to_text, to_image) in (("", (similarity, similarity)), ("_itm", rerank(model, load, T, mask, similarity))):
         result[f"r1_image_to_text{name}"] = (owner[to_text.argmax(1)] == torch.arange(len(records), device=device)).float().mean()
@@ -940,8 +910,7 @@ def draw_grounding(models, vocabulary, records, o, path):
         maps, match = maps_of(model, vocabulary, read_image(picture, o.image_size)[None].to(o.device), texts, [0] * len(texts), o)
         shown = [(f"{text} ({m:.2f})", heat, region) for text, m, heat, region in zip(texts, match, maps, regions)]
         rows.append([(picture, panel) for panel in [(f"{name}: {r['captions'][0]}", None, None), *shown]])
-    if not rows:
-        return
+    if not rows: return
     figure = Figure(figsize=(2.6 * len(rows[0]), 2.75 * len(rows) + 1), layout="constrained")
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for ax, (picture, (text, heat, region)) in zip(axes.flat, itertools.chain(*rows)):
@@ -951,8 +920,7 @@ def draw_grounding(models, vocabulary, records, o, path):
             ax.set_aspect(picture.shape[0] / picture.shape[1])
             y, x = divmod(int(heat.argmax()), heat.shape[1])
             ax.plot((x + 0.5) / heat.shape[1], (y + 0.5) / heat.shape[0], "x", color="cyan", markersize=9, markeredgewidth=2)
-        if region is not None:
-            ax.contour(region, [0.5], extent=(0, 1, 0, 1), colors="white", linewidths=1.5)
+        if region is not None: ax.contour(region, [0.5], extent=(0, 1, 0, 1), colors="white", linewidths=1.5)
         ax.set_title(textwrap.fill(text, 32), fontsize=9, parse_math=False)
         ax.set_axis_off()
     figure.colorbar(colours, ax=axes, location="bottom", shrink=0.6, aspect=50, pad=0.05 / len(rows),
@@ -1053,11 +1021,9 @@ def loader(samples, o, start, end):
                            generator=torch.Generator()))       # its own generator: ours is the checkpoint's
 
 def train(name, levels, samples, o, steps):
-    """Train one model with these levels, or go on from its checkpoint; returns (model, seconds of training).
-
-    After --base-steps, every other training starts from the checkpoint of "base", whose images are not seen again; without, from weights
-    by o.seed. So all start from the same weights and see the same images and captions in the same order.
-    """
+    """Train one model with these levels, or go on from its checkpoint; returns (model, seconds of training). After --base-steps all other
+    trainings start from the checkpoint of "base", whose images are not seen again; else from weights by o.seed. So all start from the same
+    weights and see the same images and captions in the same order."""
     out, B, cuda = Path(o.out), o.batch_size, o.device == "cuda"
     path, metrics, base = out / f"{name}.pt", out / "metrics.jsonl", o.base_steps and name != "base"
     first, start, seconds, again = o.base_steps if base else 0, 0, 0.0, o.resume and path.exists()
@@ -1066,8 +1032,7 @@ def train(name, levels, samples, o, steps):
     if again or base:
         model, vocabulary, saved = restore(path if again else out / "base.pt", o)
         insist(vocabulary == samples.vocabulary, f"{path} was trained on other captions: --resume goes on with the same --data")
-    if RANKS > 1 and cuda:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if RANKS > 1 and cuda: model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if o.compile:                                              # the ViT alone: text has a new length each step, and Grad-CAM a second derivative
         model.vit.forward_features = torch.compile(model.vit.forward_features)
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr / (2 if base else 1), weight_decay=0.02, betas=(0.9, 0.98), fused=o.device != "mps")
@@ -1078,8 +1043,7 @@ def train(name, levels, samples, o, steps):
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         torch.set_rng_state(saved["random"]["cpu"].cpu())
-        if cuda and saved["random"]["cuda"] is not None:
-            torch.cuda.set_rng_state(saved["random"]["cuda"].cpu())
+        if cuda and saved["random"]["cuda"] is not None: torch.cuda.set_rng_state(saved["random"]["cuda"].cpu())
     if not RANK:
         kept = [k for k in read_metrics(metrics) if k["run"] != name or k["step"] <= start and "losses" in k]
         write_whole(metrics, "".join(json.dumps(k) + "\n" for k in kept))
@@ -1113,8 +1077,7 @@ def train(name, levels, samples, o, steps):
             save = step + 1 == steps or (step + 1) % o.save_every == 0
             if save or len(waiting) == 10 or stop and RANKS == 1:          # the only wait for the device, once in ten steps
                 values = torch.stack([v.float() for _, shown in waiting for v in shown.values()] + [torch.tensor(float(len(stop)), device=o.device)])
-                if RANKS > 1:                                  # all log the mean, and stop at one step
-                    torch.distributed.all_reduce(values)
+                if RANKS > 1: torch.distributed.all_reduce(values)   # all log the mean, and stop at one step
                 values = iter((values / RANKS).tolist())
                 for n, shown in waiting:
                     shown = {k: next(values) for k in shown}
@@ -1136,10 +1099,8 @@ def train(name, levels, samples, o, steps):
                         write_whole(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": kept,
                                            "seconds": seconds, "vocabulary": list(samples.vocabulary), "options": asdict(o),
                                            "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}})
-                if halt:
-                    raise KeyboardInterrupt
-    if RANKS > 1:
-        torch.distributed.barrier()                            # the checkpoint is there before anyone goes on from it
+                if halt: raise KeyboardInterrupt
+    if RANKS > 1: torch.distributed.barrier()                  # the checkpoint is there before anyone goes on from it
     return model, seconds
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -1172,19 +1133,16 @@ def settle(given):
     o = Options(**given)
     o.out = o.out or ("out/ablation" if o.ablate else f"out/{Path(o.data).stem}")
     if o.resume or o.eval_only or o.ground:
-        anywhere = o.ground and not {"out", "data"} & set(given)
-        found = sorted(Path("out" if anywhere else o.out).glob("*/*.pt" if anywhere else "*.pt"), key=lambda path: path.stat().st_mtime)
+        where, pattern = ("out", "*/*.pt") if o.ground and not {"out", "data"} & set(given) else (o.out, "*.pt")
+        found = sorted(Path(where).glob(pattern), key=lambda path: path.stat().st_mtime)
         begun = Path(o.out) / "options.json"                   # killed before its first checkpoint: the run begins again
-        insist(found or o.resume and begun.exists(),
-               f"no checkpoint in {'out' if anywhere else o.out}: train first (python hist.py), or say --out FOLDER of a run")
+        insist(found or o.resume and begun.exists(), f"no checkpoint in {where}: train first (python hist.py), or say --out FOLDER of a run")
         once = dict(resume=False, eval_only=False, ablate=False, bench=False, ground=None, download=False, device="auto")
         saved = load_checkpoint(found[-1])["options"] if found else json.loads(begun.read_text())
         o = Options(**{**saved, **once, **given, "out": str(found[-1].parent) if found else o.out})
     for name, value in (SCENES if o.data == "scenes" else PHOTOS).items():
-        if getattr(o, name) == getattr(Options, name):
-            setattr(o, name, value)
-    if o.cam_layer == -1:                                      # ALBEF: the third of six
-        o.cam_layer = o.fusion_layers - 1 if o.data == "scenes" else (o.fusion_layers - 1) // 2
+        if getattr(o, name) == getattr(Options, name): setattr(o, name, value)
+    if o.cam_layer == -1: o.cam_layer = o.fusion_layers - 1 if o.data == "scenes" else (o.fusion_layers - 1) // 2   # ALBEF: the third of six
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     o.device = next(d for d in here if here[d]) if o.device == "auto" else o.device
     for f in fields(o):
@@ -1208,19 +1166,16 @@ def ground(o):
     path = Path(o.out) / ("hist.pt" if (Path(o.out) / "hist.pt").exists() else "baseline.pt")
     model, vocabulary, _ = restore(path, o)
     new = sorted({w for p in phrases for w in split_words(p)} - set(vocabulary))
-    if new:
-        print(f"not in the vocabulary, read as [UNK]: {', '.join(new)}", file=sys.stderr)
+    if new: print(f"not in the vocabulary, read as [UNK]: {', '.join(new)}", file=sys.stderr)
     record = {"image": load_pixels(picture, upright=True), "captions": [Path(picture).name], "targets": [], "phrases": phrases}
     draw_grounding({path.stem: model}, vocabulary, [record], o, path.with_name("ground.png"))
     print(path.with_name("ground.png"))
 
 def prepare(o):
     """(samples to train on, held-out records) of a run, its folder made and its options settled."""
-    if RANK:
-        torch.distributed.barrier()                            # rank 0 is first: it clears the folder and fills the caches
+    if RANK: torch.distributed.barrier()                       # rank 0 is first: it clears the folder and fills the caches
     out, fresh = Path(o.out), not (o.resume or o.bench or RANK)
-    if fresh:
-        (out / "skipped.jsonl").unlink(missing_ok=True)
+    if fresh: (out / "skipped.jsonl").unlink(missing_ok=True)
     records, held_out = load_data(o)
     held_out = readable(held_out, o)
     o.batch_size = min(o.batch_size, len(records) // (RANKS * o.accumulate) * RANKS * o.accumulate)
@@ -1231,10 +1186,8 @@ def prepare(o):
     HIST(o, samples.vocabulary)                                # options that build no model stop here, before the last run goes
     for old in (out / "options.json", *out.glob("*.pt"), out / "metrics.jsonl") if fresh else ():
         old.unlink(missing_ok=True)
-    if not RANK and not o.bench:
-        write_whole(out / "options.json", json.dumps(asdict(o), indent=1))
-    if RANKS > 1 and not RANK:
-        torch.distributed.barrier()
+    if not RANK and not o.bench: write_whole(out / "options.json", json.dumps(asdict(o), indent=1))
+    if RANKS > 1 and not RANK: torch.distributed.barrier()
     return samples, held_out
 
 def run(o):
@@ -1245,8 +1198,7 @@ def run(o):
         held_out = readable(load_data(o)[1], o)
     else:
         samples, held_out = prepare(o)
-        if o.base_steps:
-            train("base", ("caption",), samples, o, o.base_steps)
+        if o.base_steps: train("base", ("caption",), samples, o, o.base_steps)
         for name in levels if levels["hist"] != levels["baseline"] else ["baseline"]:
             train(name, levels[name], samples, o, o.steps)
     for name in [name for name in levels if (out / f"{name}.pt").exists() and not RANK]:
@@ -1255,8 +1207,7 @@ def run(o):
         results[name] = {"seconds": saved["seconds"], **measured}
         with open(out / "metrics.jsonl", "a") as log:
             log.write(json.dumps({"run": name, "step": o.steps, "evaluation": results[name]}) + "\n")
-    if RANK:
-        return
+    if RANK: return
     write_whole(out / "results.json", json.dumps(results, indent=1))
     before = f"{o.base_steps} steps with captions alone, then " if o.base_steps else ""
     print(f"\n{o.data}: {len(held_out)} held-out images, {before}{o.steps} steps of {o.batch_size}, seed {o.seed}, {o.device}, "
@@ -1286,10 +1237,8 @@ def main(argv=None):
     o = None
     try:
         o = settle(command_line(argv))
-        if o.device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        if RANKS > 1:
-            torch.distributed.init_process_group("nccl" if o.device == "cuda" else "gloo")
+        if o.device == "cuda": torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if RANKS > 1: torch.distributed.init_process_group("nccl" if o.device == "cuda" else "gloo")
         ground(o) if o.ground else beside("bench", o) if o.bench else beside("ablation", o) if o.ablate else run(o)
     except KeyboardInterrupt:
         begun = o and (Path(o.out) / "options.json").exists()
@@ -1305,5 +1254,4 @@ def main(argv=None):
         print("hist.py: " + " ".join(said.split()), file=sys.stderr)
         sys.exit(2)
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__": main()
