@@ -14,7 +14,7 @@ Read it from top to bottom: options, data, batches, model, Grad-CAM, losses, mea
 """
 import argparse, hashlib, importlib, itertools, json, math, os, random, resource, shlex, shutil, signal, sys, textwrap, time, urllib.request
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -227,16 +227,14 @@ COCO_FILES = {"annotations/annotations_trainval2017.zip": "f4bbac642086de4f52a3f
 def fetch(url, path, md5):
     """Download url to path by way of path.part, which a second call resumes and only the right MD5 renames."""
     part = path.with_name(path.name + ".part")
-    request = urllib.request.Request(url, headers={"Range": f"bytes={part.stat().st_size if part.exists() else 0}-"})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as reply, open(part, "ab" if reply.status == 206 else "wb") as f:   # 206: goes on
-            total = f.tell() + int(reply.headers["Content-Length"] or 0)
-            with tqdm.wrapattr(reply, "read", total=total, initial=f.tell(), desc=path.name) as body:
-                shutil.copyfileobj(body, f, 1 << 20)
-            insist(f.tell() == total, f"the connection broke at {f.tell():,} of {total:,} bytes")
-    except (OSError, UserError) as e:
-        if getattr(e, "code", 0) != 416:                       # 416: it is all here already
-            raise UserError(f"{url}: {getattr(e, 'reason', e)}; what has come is kept, the same command goes on from there")
+    if not check_integrity(part, md5):
+        request = urllib.request.Request(url, headers={"Range": f"bytes={part.stat().st_size if part.exists() else 0}-"})
+        with blaming(f"{url} (what has come is kept: the same command goes on from there)"), urllib.request.urlopen(request, timeout=60) as reply:
+            with open(part, "ab" if reply.status == 206 else "wb") as f:       # 206: it goes on
+                total = f.tell() + int(reply.headers["Content-Length"] or 0)
+                with tqdm.wrapattr(reply, "read", total=total, initial=f.tell(), desc=path.name) as body:
+                    shutil.copyfileobj(body, f, 1 << 20)
+                insist(f.tell() == total, f"the connection broke at {f.tell():,} of {total:,} bytes")
     if not check_integrity(part, md5):
         part.unlink()
         raise UserError(f"{url}: what came is corrupt (its MD5 is not {md5}) and is deleted; the same command fetches it anew")
@@ -270,8 +268,7 @@ def leave_out(bad, o, total):
     new -= set(path.read_text().splitlines() if path.exists() else ())
     if new:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as f:
-            f.writelines(line + "\n" for line in sorted(new))
+        with open(path, "a") as f: f.writelines(line + "\n" for line in sorted(new))
     insist(len(images) <= o.max_bad * total,
            f"{len(images)} of {total} images cannot be used, more than --max-bad {o.max_bad}: {''.join(images[-1:])}; {path} lists them")
 
@@ -328,8 +325,7 @@ def decode_mask(mask):
         if isinstance(part, dict):
             insist(isinstance(part["counts"], list) and sum(part["counts"]) == runs.size, f"run lengths are compressed, or not of {runs.size} pixels")
             runs |= np.repeat(np.arange(len(part["counts"])) % 2 == 1, part["counts"]).reshape(runs.shape[::-1]).T
-        for polygon in part if isinstance(part, list) else ():
-            ImageDraw.Draw(drawn).polygon(polygon, fill=1)
+        for polygon in part if isinstance(part, list) else (): ImageDraw.Draw(drawn).polygon(polygon, fill=1)
     return np.asarray(drawn) | runs
 
 def read_jsonl(path):
@@ -346,14 +342,14 @@ def read_jsonl(path):
         with blaming(path, line=n):
             r = json.loads(line)
             insist(isinstance(r, dict), 'a record is an object {"image": …, "captions": [ … ]}')
-            image = here / str(r.get("image"))
+            image, split = here / str(r.get("image")), r.get("split", "train")
             insist(image.resolve().is_relative_to(here.resolve()), f"{image} leads out of {here.resolve()}")
             insist(image.is_file(), f'"image": there is no picture {image}')
             insist(listed(r.get("captions"), text), '"captions" must be a list of at least one string')
             insist(not r.get("targets") or listed(r["targets"], target),
                    '"targets" must be a list of {"phrase": …, "boxes": [[x0, y0, x1, y1], …]}, x0 < x1, y0 < y1')
-            insist(r.get("split", "train") in ("train", "val", "test"), '"split" must be "train", "val" or "test"')
-            (train if r.get("split", "train") == "train" else held_out).append({**r, "targets": r.get("targets") or [], "image": image})
+            insist(split in ("train", "val", "test"), '"split" must be "train", "val" or "test"')
+            (train if split == "train" else held_out).append({**r, "targets": r.get("targets") or [], "image": image})
     if not held_out:
         train, held_out = [r for i, r in enumerate(train) if i % 10 != 9 and len(train) > 9] or train[:-1] or train, train[9::10] or train[-1:]
         print(f'{path.name}: no line says "split": "val"; {len(held_out)} of the records are held out to evaluate on', file=sys.stderr)
@@ -381,6 +377,7 @@ def readable(records, o):
             kept.append({**r, "targets": targets})
     leave_out(bad, o, n)
     return kept
+
 # -------------------------------------------------------------------------------------------- samples and batches
 PAD, CLS, MASK, UNK = range(4)
 MAX_TOKENS = 64
@@ -421,8 +418,7 @@ def cached(what, captions, make, o):
     """make(), or what it returned for the same captions and the same parse.py before: JSON beside the run's folder, for other runs too."""
     key = hashlib.sha256(json.dumps([what, captions]).encode() + Path(parser.__file__).read_bytes()).hexdigest()[:16]
     path = Path(o.out).parent / f"captions-{key}.json"
-    with suppress(OSError, ValueError):
-        return json.loads(path.read_text())
+    with suppress(OSError, ValueError): return json.loads(path.read_text())
     made = make()
     if o.out and o.data != "scenes" and not RANK: write_whole(path, json.dumps(made))   # scenes are drawn without end
     return made
@@ -468,8 +464,7 @@ class Samples(Dataset):
             parsed = cached("parses", rows, lambda: [[phrases_of(c) for c in row] for row in tqdm(rows, desc="parsing", unit="img")], o)
             self.parses = [[given.get(c, phrases) for c, phrases in zip(*both)] for both in zip(rows, parsed)]
             if o.parses:
-                known = [c in given for row in rows for c in row]
-                print(f"{o.parses}: parses of {sum(known)} of {len(known)} captions; the rest by the rules")
+                print(f"{o.parses}: parses of {sum(c in given for row in rows for c in row)} of {sum(map(len, rows))} captions; the rest by the rules")
 
     def index(self, position):
         """Which record is at a position of the run."""
@@ -606,8 +601,7 @@ class HIST(nn.Module):
     def encode_text(self, ids):
         """ids (n, L) -> token states (n, L, width), mask (n, L), ITC features (n, 256)."""
         mask, T = ids != PAD, self.words(ids) + self.places[:ids.shape[1]]
-        for layer in self.text:
-            T, _ = layer(T, mask)
+        for layer in self.text: T, _ = layer(T, mask)
         return T, mask, F.normalize(self.text_projection(T[:, 0]).float(), dim=-1)
 
     def fuse(self, T, mask, image, rows):
@@ -995,8 +989,7 @@ def restore(path, o):
     saved = load_checkpoint(path, o.device)
     vocabulary = {w: i for i, w in enumerate(saved["vocabulary"])}
     model = HIST(replace(o, pretrained=False), vocabulary).to(o.device)
-    with blaming(f"{path} does not fit the options given"):
-        model.load_state_dict(saved["model"])
+    with blaming(f"{path} does not fit the options given"): model.load_state_dict(saved["model"])
     return model, vocabulary, saved
 
 def ignore_interrupt(worker):
@@ -1006,13 +999,10 @@ def ignore_interrupt(worker):
 @contextmanager
 def interrupts():
     """A list in which Ctrl-C, or SIGTERM, leaves a mark, so that neither cuts a step in two; on one process a second Ctrl-C is not waited for."""
-    stop, mark = [], lambda *_: stop.append(RANKS > 1 or signal.signal(signal.SIGINT, usual[signal.SIGINT]))
-    usual = {s: signal.signal(s, mark) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    stop, mark = [], lambda *_: stop.append(RANKS > 1 or signal.signal(signal.SIGINT, signal.default_int_handler))
+    with ExitStack() as after:
+        for s in (signal.SIGINT, signal.SIGTERM): after.callback(signal.signal, s, signal.signal(s, mark))
         yield stop
-    finally:
-        for s, handler in usual.items():
-            signal.signal(s, handler)
 
 def loader(samples, o, start, end):
     """The batches, or the --accumulate parts of them, of positions start to end of the run; one iterator keeps its processes to the end."""
@@ -1067,8 +1057,7 @@ def train(name, levels, samples, o, steps):
                     losses, figures = whole(to_device(batch, o.device), now, hardness, o.cam_layer)
                 loss = sum((weight * v if k == "composition" else v for k, v in losses.items()), start=0 * model.log_temperature)
                 (loss / o.accumulate).backward()
-                for k, v in (losses | figures).items():
-                    shown[k] = shown.get(k, 0) + v.detach() / o.accumulate
+                for k, v in (losses | figures).items(): shown[k] = shown.get(k, 0) + v.detach() / o.accumulate
             shown["gradient"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -1184,8 +1173,7 @@ def prepare(o):
     captions = [c for i in (range(100_000, 102_000) if o.data == "scenes" else range(len(records))) for c in records[i]["captions"]]
     samples = Samples(records, cached(f"{o.vocab_size} words", captions, lambda: build_vocabulary(captions, o.vocab_size), o), o)
     HIST(o, samples.vocabulary)                                # options that build no model stop here, before the last run goes
-    for old in (out / "options.json", *out.glob("*.pt"), out / "metrics.jsonl") if fresh else ():
-        old.unlink(missing_ok=True)
+    for old in (out / "options.json", *out.glob("*.pt"), out / "metrics.jsonl") if fresh else (): old.unlink(missing_ok=True)
     if not RANK and not o.bench: write_whole(out / "options.json", json.dumps(asdict(o), indent=1))
     if RANKS > 1 and not RANK: torch.distributed.barrier()
     return samples, held_out
