@@ -257,15 +257,14 @@ def blaming(what, bad=None, line=0):
         yield
     except Exception as e:                                     # PIL, timm and torch.load have as many exceptions as ways to fail
         why = f"not JSON: {e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else f"{e}" + " is missing" * isinstance(e, KeyError)
-        if bad is None:
-            raise UserError(f"{what}" + f", line {line - 1 + getattr(e, 'lineno', 1)}" * (line > 0) + f": {' '.join(why.split())[:300]}")
+        insist(bad is not None, f"{what}" + f", line {line - 1 + getattr(e, 'lineno', 1)}" * (line > 0) + f": {' '.join(why.split())[:300]}")
         bad[what] = why
 
 def leave_out(bad, o, total):
     """List what cannot be used, {(kind, which): why}, in OUT/skipped.jsonl; UserError where of a total of images it is more than --max-bad."""
     path, images = Path(o.out) / "skipped.jsonl", [f"{which}: {why}" for (kind, which), why in bad.items() if kind == "image"]
-    new = {json.dumps({"kind": kind, "which": which, "why": why}) for (kind, which), why in bad.items()}
-    new -= set(path.read_text().splitlines() if path.exists() else ())
+    known = path.read_text().splitlines() if path.exists() else ()
+    new = {json.dumps({"kind": kind, "which": which, "why": why}) for (kind, which), why in bad.items()} - set(known)
     if new:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a") as f: f.writelines(line + "\n" for line in sorted(new))
@@ -357,8 +356,7 @@ def read_jsonl(path):
 
 def load_data(o):
     """(training records, held-out records) of --data."""
-    if o.data == "scenes":
-        return Scenes(1_000_000, o, "train", False), Scenes(o.eval_images or 500, o, "held out", True)
+    if o.data == "scenes": return Scenes(1_000_000, o, "train", False), Scenes(o.eval_images or 500, o, "held out", True)
     if o.data != "coco": return read_jsonl(Path(o.data))
     if o.download: download_coco(Path(o.root))
     return [read_coco(Path(o.root), split, o) for split in ("train", "val")]
@@ -466,13 +464,9 @@ class Samples(Dataset):
             if o.parses:
                 print(f"{o.parses}: parses of {sum(c in given for row in rows for c in row)} of {sum(map(len, rows))} captions; the rest by the rules")
 
-    def index(self, position):
-        """Which record is at a position of the run."""
-        epoch, i = divmod(position, len(self.records))
-        return i if self.scenes else epoch_order(len(self.records), self.o.seed, epoch)[i]
-
     def __getitem__(self, position):
-        i, rng, side = self.index(position), random.Random(f"{self.o.seed} {position}"), self.o.image_size
+        (epoch, i), rng, side = divmod(position, len(self.records)), random.Random(f"{self.o.seed} {position}"), self.o.image_size
+        i = i if self.scenes else epoch_order(len(self.records), self.o.seed, epoch)[i]
         record, image, bad, composite = self.records[i], None, "", ()
         parses = [phrases_of(c) for c in record["captions"]] if self.scenes else self.parses[i]
         n = rng.randrange(len(parses))
@@ -490,16 +484,16 @@ class Samples(Dataset):
             except UserError as e:                             # grey, and marked: nothing is learnt from it
                 image, bad = torch.full((3, side, side), 127, dtype=torch.uint8), str(e)
         every = {"caption": record["captions"], "phrase": [p for row in parses for p, _ in row], "subject": [s for row in parses for _, s in row]}
-        return {"image": image, "bad": bad, "name": str(record["image"]) if bad else "", "texts": texts,
+        return {"image": image, "bad": bad, "name": f"scene {i}" if self.scenes else str(record["image"]), "texts": texts,
                 "composite": [encode(self.vocabulary, t) for t in composite], "keys": {level: set(map(key, said)) for level, said in every.items()}}
 
 def collate(samples):
     """Samples as a batch: image (this rank's, 3, side, side) uint8; each level n <= B texts: ids, masked, labels (n, L), rows (n,) of their images.
     positives (B, n): whether the parse of an image has a text, be it another image's: "a dog" describes every picture of one.
-    own: the slice of the n texts whose images are this rank's. good (this rank's,): which images are readable; bad: {name: why} of the others."""
+    names (B,). own: the slice of the n texts whose images are this rank's. good (this rank's,): which images are readable; bad: why others are not."""
     mine = [i for i, s in enumerate(samples) if s["image"] is not None]
     batch = {"image": torch.stack([samples[i]["image"] for i in mine]), "good": torch.tensor([not samples[i]["bad"] for i in mine]),
-             "bad": {("image", s["name"]): s["bad"] for s in samples if s["bad"]}}
+             "bad": {("image", s["name"]): s["bad"] for s in samples if s["bad"]}, "names": [s["name"] for s in samples]}
     own = lambda rows: slice(sum(i < mine[0] for i in rows), sum(i <= mine[-1] for i in rows))
     for level in LEVELS[:3]:
         rows = [i for i, s in enumerate(samples) if level in s["texts"]]
@@ -544,8 +538,7 @@ class Layer(nn.Module):
         super().__init__()
         heads = max(4, width // 64)
         self.norm, self.attention = nn.LayerNorm(width), Attention(width, heads)
-        if image_width:
-            self.cross_norm, self.cross_attention = nn.LayerNorm(width), Attention(width, heads, image_width)
+        if image_width: self.cross_norm, self.cross_attention = nn.LayerNorm(width), Attention(width, heads, image_width)
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x, mask, image=None):
@@ -927,13 +920,12 @@ def draw_balance(pairs, path):
     figure = Figure(figsize=(5 * len(pairs) + 5, 4.5), layout="constrained")
     *scatters, histogram = figure.subplots(1, len(pairs) + 1)
     for colour, (ax, (name, rows)) in enumerate(zip(scatters, pairs.items())):
-        areas, masses = (np.array([p[k] for p in rows]) for k in (4, 5))
+        balances, areas, masses = (np.array([p[k] for p in rows]) for k in (1, 4, 5))
         larger = areas.argmax(1)[:, None]
         share = lambda v: np.take_along_axis(v, larger, 1)[:, 0] / np.maximum(v.sum(1), 1e-12)
         ax.scatter(share(areas), share(masses), s=6, alpha=0.4, color=f"C{colour}")
         ax.axhline(0.5, color="grey", linewidth=1)
         ax.set(title=f"{name}: mass on the larger of two objects", xlabel="its share of both areas", ylabel="its share of the map's mass on both", ylim=(0, 1))
-        balances = [p[1] for p in rows]
         histogram.hist(balances, np.linspace(0, 1, 21), histtype="step", linewidth=2, color=f"C{colour}", label=f"{name}: mean {np.mean(balances):.2f}")
     histogram.set(title="balance of a pair's map (1: both get as much)", xlabel="smaller share over larger", ylabel="pairs")
     histogram.legend()
@@ -1023,8 +1015,7 @@ def train(name, levels, samples, o, steps):
         model, vocabulary, saved = restore(path if again else out / "base.pt", o)
         insist(vocabulary == samples.vocabulary, f"{path} was trained on other captions: --resume goes on with the same --data")
     if RANKS > 1 and cuda: model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if o.compile:                                              # the ViT alone: text has a new length each step, and Grad-CAM a second derivative
-        model.vit.forward_features = torch.compile(model.vit.forward_features)
+    if o.compile: model.vit.forward_features = torch.compile(model.vit.forward_features)   # the rest has new lengths, and second derivatives
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr / (2 if base else 1), weight_decay=0.02, betas=(0.9, 0.98), fused=o.device != "mps")
     warmup, cosine = max(1, min(100, steps // 10)), lambda step: max(0.01, (1 + math.cos(math.pi * step / max(1, steps))) / 2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / warmup) * cosine(step))
@@ -1047,11 +1038,12 @@ def train(name, levels, samples, o, steps):
             done = (first + step) / (o.base_steps + o.steps)               # of the whole, base and what follows
             hardness = 0.5 * min(1, max(0, (done - 0.5) / 0.3))    # hard negatives from the first step leave the match head at chance
             weight = o.composition_weight * min(1, max(0, (done - o.composition_start) / 0.1))
-            now, shown = [level for level in levels if level != "composition" or weight > 0], {}
+            now, shown, names = [level for level in levels if level != "composition" or weight > 0], {}, []
             optimizer.zero_grad()
             for part in range(o.accumulate):
                 batch = next(batches)
                 unread.update(batch.pop("bad"))
+                names += batch.pop("names")
                 whole.require_backward_grad_sync = part == o.accumulate - 1       # ranks average their gradients once a step
                 with torch.autocast(o.device, torch.bfloat16, enabled=cuda):
                     losses, figures = whole(to_device(batch, o.device), now, hardness, o.cam_layer)
@@ -1061,22 +1053,20 @@ def train(name, levels, samples, o, steps):
             shown["gradient"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            waiting.append((step + 1, shown))
+            waiting.append((step + 1, shown, names))
             bar.update(B)
             save = step + 1 == steps or (step + 1) % o.save_every == 0
             if save or len(waiting) == 10 or stop and RANKS == 1:          # the only wait for the device, once in ten steps
-                values = torch.stack([v.float() for _, shown in waiting for v in shown.values()] + [torch.tensor(float(len(stop)), device=o.device)])
+                values = torch.stack([v.float() for _, shown, _ in waiting for v in shown.values()] + [torch.tensor(float(len(stop)), device=o.device)])
                 if RANKS > 1: torch.distributed.all_reduce(values)   # all log the mean, and stop at one step
                 values = iter((values / RANKS).tolist())
-                for n, shown in waiting:
+                for n, shown, names in waiting:
                     shown = {k: next(values) for k in shown}
                     losses = {k: round(v, 5) for k, v in shown.items() if k.split("_")[0] in LEVELS}
                     wrong = [k for k, v in shown.items() if not math.isfinite(v) and (k in losses or k == "gradient")]
                     if wrong:
-                        images = [samples.index(p) for p in range((first + n - 1) * B, (first + n) * B)]
-                        images = ", ".join(f"scene {i}" if samples.scenes else str(samples.records[i]["image"]) for i in images)
                         raise UserError(f"step {n} of {name}: {', '.join(wrong)} not finite; the checkpoint {path} is of step {kept or 'none'}; "
-                                        f"a lower --lr may help, or a look at that step's images: {images}")
+                                        f"a lower --lr may help, or a look at that step's images: {', '.join(names)}")
                     log.write(json.dumps({"run": name, "step": n, "losses": losses, **{k: v for k, v in shown.items() if k not in losses}}) + "\n")
                 bar.set_postfix_str(" ".join(f"{k} {v:.2f}" for k, v in losses.items()))
                 leave_out(unread, o, len(samples.records))
