@@ -283,7 +283,7 @@ def read_coco(root, split, o=None):
     images are in the pixels as stored, not as an EXIF tag would turn them. With o, what cannot be used goes to leave_out."""
     folder, (captions, instances) = root / f"{split}2017", (root / f"annotations/{name}_{split}2017.json" for name in ("captions", "instances"))
     missing = [str(p) for p in (captions, instances, folder) if not p.exists()]
-    insist(not missing, f"--root {root}: there is no {', no '.join(missing)}; --download fetches all (20 GB), or see https://cocodataset.org/#download")
+    insist(not missing, f"--root {root}: there is no {', no '.join(missing)}; --download fetches all (20 GB), or see https://cocodataset.org")
     images, said = read_json(captions, "images", "annotations")
     truth, categories = read_json(instances, "annotations", "categories") if split == "val" else ((), ())
     names, there, seen, bad, records = {c["id"]: c["name"] for c in categories}, set(os.listdir(folder)), set(), {}, {}
@@ -311,7 +311,7 @@ def read_coco(root, split, o=None):
     bad.update({("image", str(r["image"])): "no caption of it can be used" for r in records.values() if "image" in r and not r["captions"]})
     records = [{**r, "targets": list(r["targets"].values())} for r in records.values() if "image" in r and r["captions"]]
     if bad:
-        print(f"{folder}: {len(images) - len(records)} of {len(images)} images have no file or no caption; {len(bad)} entries are left out", file=sys.stderr)
+        print(f"{folder}: {len(images) - len(records)} of {len(images)} images have no file or no caption; bad entries: {len(bad)}", file=sys.stderr)
     if o: leave_out(bad, o, len(images))
     return records
 
@@ -462,7 +462,7 @@ class Samples(Dataset):
             parsed = cached("parses", rows, lambda: [[phrases_of(c) for c in row] for row in tqdm(rows, desc="parsing", unit="img")], o)
             self.parses = [[given.get(c, phrases) for c, phrases in zip(*both)] for both in zip(rows, parsed)]
             if o.parses:
-                print(f"{o.parses}: parses of {sum(c in given for row in rows for c in row)} of {sum(map(len, rows))} captions; the rest by the rules")
+                print(f"{o.parses}: parses of {sum(c in given for row in rows for c in row)} of {sum(map(len, rows))} captions; others by the rules")
 
     def __getitem__(self, position):
         (epoch, i), rng, side = divmod(position, len(self.records)), random.Random(f"{self.o.seed} {position}"), self.o.image_size
@@ -490,7 +490,7 @@ class Samples(Dataset):
 def collate(samples):
     """Samples as a batch: image (this rank's, 3, side, side) uint8; each level n <= B texts: ids, masked, labels (n, L), rows (n,) of their images.
     positives (B, n): whether the parse of an image has a text, be it another image's: "a dog" describes every picture of one.
-    names (B,). own: the slice of the n texts whose images are this rank's. good (this rank's,): which images are readable; bad: why others are not."""
+    names (B,). own: the slice of the texts of this rank's images. good (this rank's,): which images are readable; bad: why others are not."""
     mine = [i for i, s in enumerate(samples) if s["image"] is not None]
     batch = {"image": torch.stack([samples[i]["image"] for i in mine]), "good": torch.tensor([not samples[i]["bad"] for i in mine]),
              "bad": {("image", s["name"]): s["bad"] for s in samples if s["bad"]}, "names": [s["name"] for s in samples]}
@@ -566,7 +566,7 @@ class HIST(nn.Module):
         super().__init__()
         with blaming(f"--vit {o.vit} --image-size {o.image_size}{' --pretrained (fetched once, by way of the network)' * o.pretrained}"):
             self.vit = scenes_vit(o) if o.vit == "scenes" else timm.create_model(o.vit, pretrained=o.pretrained, num_classes=0, img_size=o.image_size)
-            insist(all(hasattr(self.vit, part) for part in ("patch_embed", "blocks", "num_prefix_tokens")), "no ViT; timm.list_models('vit*') lists them")
+            insist(all(hasattr(self.vit, part) for part in ("patch_embed", "blocks", "num_prefix_tokens")), "no ViT; see timm.list_models('vit*')")
             patch = self.vit.patch_embed.patch_size[0]
             insist(o.image_size % patch == 0, f"the size must be a multiple of its patch, {patch}")
         like = timm.data.resolve_model_data_config(self.vit) if o.vit != "scenes" else {"mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -837,7 +837,7 @@ def subjects_found(records):
 def evaluate(model, vocabulary, records, o):
     """Every measure on held-out records, {name: 0 to 1}; and the pairs of targets behind two of them, [(image, balance, area of the union,
     IoU at each threshold, areas (2,), masses (2,)), ...]. "..._chance": what pointing at a random target of the image (R@1: a random image;
-    questions: a random choice) would get; "..._chance_pixel": at any pixel (IoU: marking all). The other half of the images chooses the IoU's threshold."""
+    questions: a random choice) would get; "..._chance_pixel": at any pixel (IoU: marking all). IoU's threshold is best for the other half of them."""
     side, device, rng = o.image_size, next(model.parameters()).device, random.Random(0)
     counts, pairs, features, captions = {}, [], [], [(i, c) for i, r in enumerate(records) for c in r["captions"]]
     load = lambda start, end: torch.stack([read_image(r["image"], side) for r in records[start:end]]).to(device)
@@ -961,12 +961,6 @@ def write_whole(path, data):
     finally:
         part.unlink(missing_ok=True)
 
-def load_checkpoint(path, device="cpu"):
-    """What torch.save wrote, no code run; UserError where path is no checkpoint of this program."""
-    with blaming(f"{path} is no checkpoint of hist.py"):
-        saved = torch.load(path, map_location=device, weights_only=True)
-        return saved if saved["model"] and saved["options"] else None
-
 def read_metrics(path):
     """The objects of metrics.jsonl; a last line cut short, by a kill or a full disk, is left out."""
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
@@ -977,11 +971,12 @@ def peak_memory(o):
     return (torch.cuda.max_memory_allocated() if o.device == "cuda" else own) / 2 ** 30
 
 def restore(path, o):
-    """(model, vocabulary, checkpoint) from a checkpoint file and options that fit it."""
-    saved = load_checkpoint(path, o.device)
-    vocabulary = {w: i for i, w in enumerate(saved["vocabulary"])}
-    model = HIST(replace(o, pretrained=False), vocabulary).to(o.device)
-    with blaming(f"{path} does not fit the options given"): model.load_state_dict(saved["model"])
+    """(model, vocabulary, checkpoint) from what torch.save wrote, no code run, and options that fit it."""
+    with blaming(f"{path} is no checkpoint of hist.py, or does not fit the options given"):
+        saved = torch.load(path, map_location=o.device, weights_only=True)
+        vocabulary = {w: i for i, w in enumerate(saved["vocabulary"])}
+        model = HIST(replace(o, pretrained=False), vocabulary).to(o.device)
+        model.load_state_dict(saved["model"])
     return model, vocabulary, saved
 
 def ignore_interrupt(worker):
@@ -1003,9 +998,8 @@ def loader(samples, o, start, end):
                            generator=torch.Generator()))       # its own generator: ours is the checkpoint's
 
 def train(name, levels, samples, o, steps):
-    """Train one model with these levels, or go on from its checkpoint; returns (model, seconds of training). After --base-steps all other
-    trainings start from the checkpoint of "base", whose images are not seen again; else from weights by o.seed. So all start from the same
-    weights and see the same images and captions in the same order."""
+    """Train one model with these levels, or go on from its checkpoint; returns (model, seconds of training). All but "base" go on from base.pt, with
+    images after its own, or with no --base-steps from weights by o.seed: they start alike, and see the same images and captions in the same order."""
     out, B, cuda = Path(o.out), o.batch_size, o.device == "cuda"
     path, metrics, base = out / f"{name}.pt", out / "metrics.jsonl", o.base_steps and name != "base"
     first, start, seconds, again = o.base_steps if base else 0, 0, 0.0, o.resume and path.exists()
@@ -1057,16 +1051,15 @@ def train(name, levels, samples, o, steps):
             bar.update(B)
             save = step + 1 == steps or (step + 1) % o.save_every == 0
             if save or len(waiting) == 10 or stop and RANKS == 1:          # the only wait for the device, once in ten steps
-                values = torch.stack([v.float() for _, shown, _ in waiting for v in shown.values()] + [torch.tensor(float(len(stop)), device=o.device)])
+                values = torch.stack([v.float() for _, row, _ in waiting for v in row.values()] + [torch.tensor(float(len(stop)), device=o.device)])
                 if RANKS > 1: torch.distributed.all_reduce(values)   # all log the mean, and stop at one step
                 values = iter((values / RANKS).tolist())
                 for n, shown, names in waiting:
                     shown = {k: next(values) for k in shown}
                     losses = {k: round(v, 5) for k, v in shown.items() if k.split("_")[0] in LEVELS}
                     wrong = [k for k, v in shown.items() if not math.isfinite(v) and (k in losses or k == "gradient")]
-                    if wrong:
-                        raise UserError(f"step {n} of {name}: {', '.join(wrong)} not finite; the checkpoint {path} is of step {kept or 'none'}; "
-                                        f"a lower --lr may help, or a look at that step's images: {', '.join(names)}")
+                    insist(not wrong, f"step {n} of {name}: {', '.join(wrong)} not finite; the checkpoint {path} is of step {kept or 'none'}; "
+                                      f"a lower --lr may help, or a look at that step's images: {', '.join(names)}")
                     log.write(json.dumps({"run": name, "step": n, "losses": losses, **{k: v for k, v in shown.items() if k not in losses}}) + "\n")
                 bar.set_postfix_str(" ".join(f"{k} {v:.2f}" for k, v in losses.items()))
                 leave_out(unread, o, len(samples.records))
@@ -1075,8 +1068,8 @@ def train(name, levels, samples, o, steps):
                     seconds, kept = time.time() - begun, step + 1
                     log.flush()
                     if not RANK:
-                        write_whole(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": kept,
-                                           "seconds": seconds, "vocabulary": list(samples.vocabulary), "options": asdict(o),
+                        write_whole(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
+                                           "step": kept, "seconds": seconds, "vocabulary": list(samples.vocabulary), "options": asdict(o),
                                            "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}})
                 if halt: raise KeyboardInterrupt
     if RANKS > 1: torch.distributed.barrier()                  # the checkpoint is there before anyone goes on from it
@@ -1108,17 +1101,16 @@ def command_line(argv=None):
     return vars(p.parse_args(argv))
 
 def settle(given):
-    """Options from what was typed, then the checkpoint that it goes on from, if any, then what suits the data."""
+    """Options from what was typed, then of the run that it goes on from, if any, then what suits the data."""
     o = Options(**given)
     o.out = o.out or ("out/ablation" if o.ablate else f"out/{Path(o.data).stem}")
     if o.resume or o.eval_only or o.ground:
         where, pattern = ("out", "*/*.pt") if o.ground and not {"out", "data"} & set(given) else (o.out, "*.pt")
         found = sorted(Path(where).glob(pattern), key=lambda path: path.stat().st_mtime)
-        begun = Path(o.out) / "options.json"                   # killed before its first checkpoint: the run begins again
-        insist(found or o.resume and begun.exists(), f"no checkpoint in {where}: train first (python hist.py), or say --out FOLDER of a run")
+        folder = found[-1].parent if found else Path(o.out)    # killed before its first checkpoint, a run begins again
+        insist((folder / "options.json").exists() and (found or o.resume), f"no checkpoint of hist.py in {where}: train first, or say --out FOLDER")
         once = dict(resume=False, eval_only=False, ablate=False, bench=False, ground=None, download=False, device="auto")
-        saved = load_checkpoint(found[-1])["options"] if found else json.loads(begun.read_text())
-        o = Options(**{**saved, **once, **given, "out": str(found[-1].parent) if found else o.out})
+        o = Options(**{**json.loads((folder / "options.json").read_text()), **once, **given, "out": str(folder)})
     for name, value in (SCENES if o.data == "scenes" else PHOTOS).items():
         if getattr(o, name) == getattr(Options, name): setattr(o, name, value)
     if o.cam_layer == -1: o.cam_layer = o.fusion_layers - 1 if o.data == "scenes" else (o.fusion_layers - 1) // 2   # ALBEF: the third of six
