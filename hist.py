@@ -490,10 +490,10 @@ class Samples(Dataset):
 def collate(samples):
     """Samples as a batch: image (this rank's, 3, side, side) uint8; each level n <= B texts: ids, masked, labels (n, L), rows (n,) of their images.
     positives (B, n): whether the parse of an image has a text, be it another image's: "a dog" describes every picture of one.
-    names (B,). own: the slice of the texts of this rank's images. good (this rank's,): which images are readable; bad: why others are not."""
+    own: the slice of the texts of this rank's images. Where images are not readable also good (this rank's,), and bad {("image", name): why}."""
     mine = [i for i, s in enumerate(samples) if s["image"] is not None]
-    batch = {"image": torch.stack([samples[i]["image"] for i in mine]), "good": torch.tensor([not samples[i]["bad"] for i in mine]),
-             "bad": {("image", s["name"]): s["bad"] for s in samples if s["bad"]}, "names": [s["name"] for s in samples]}
+    batch, bad = {"image": torch.stack([samples[i]["image"] for i in mine])}, {("image", s["name"]): s["bad"] for s in samples if s["bad"]}
+    if bad: batch.update(bad=bad, good=torch.tensor([not samples[i]["bad"] for i in mine]))
     own = lambda rows: slice(sum(i < mine[0] for i in rows), sum(i <= mine[-1] for i in rows))
     for level in LEVELS[:3]:
         rows = [i for i, s in enumerate(samples) if level in s["texts"]]
@@ -837,7 +837,7 @@ def subjects_found(records):
 def evaluate(model, vocabulary, records, o):
     """Every measure on held-out records, {name: 0 to 1}; and the pairs of targets behind two of them, [(image, balance, area of the union,
     IoU at each threshold, areas (2,), masses (2,)), ...]. "..._chance": what pointing at a random target of the image (R@1: a random image;
-    questions: a random choice) would get; "..._chance_pixel": at any pixel (IoU: marking all). IoU's threshold is best for the other half of them."""
+    questions: a random choice) would get; "..._chance_pixel": at any pixel (IoU: marking all). The IoU's threshold suits the other half of them."""
     side, device, rng = o.image_size, next(model.parameters()).device, random.Random(0)
     counts, pairs, features, captions = {}, [], [], [(i, c) for i, r in enumerate(records) for c in r["captions"]]
     load = lambda start, end: torch.stack([read_image(r["image"], side) for r in records[start:end]]).to(device)
@@ -865,8 +865,7 @@ def evaluate(model, vocabulary, records, o):
         questions = [(row, *q) for row, r in enumerate(batch) for q in r.get("questions", [])]
         for (_, kind, _, choices, true), said in zip(questions, answer(model, vocabulary, images, questions) if questions else ()):
             counts.setdefault(f"vqa_{kind}", []).append((said == true, 1 / len(choices)))
-    names = ("", "_chance", "_in_mask", "_chance_pixel")
-    result = {f"{what}{name}": v for what, rows in counts.items() for name, v in zip(names, np.mean(rows, 0))}
+    result = {f"{k}{name}": v for k, rows in counts.items() for name, v in zip(("", "_chance", "_in_mask", "_chance_pixel"), np.mean(rows, 0))}
     if pairs:
         image, balances, area, iou = (np.array(column) for column in zip(*(p[:4] for p in pairs)))
         best = [iou[image % 2 != half].mean(0).argmax() if (image % 2 != half).any() else 9 for half in (0, 1)]
@@ -878,7 +877,7 @@ def evaluate(model, vocabulary, records, o):
         result[f"r1_image_to_text{name}"] = (owner[to_text.argmax(1)] == torch.arange(len(records), device=device)).float().mean()
         result[f"r1_text_to_image{name}"] = (to_image.argmax(0) == owner).float().mean()
         result[f"r1_image_to_text{name}_chance"] = result[f"r1_text_to_image{name}_chance"] = 1 / len(records)
-    kinds = [what for what in counts if what.startswith("vqa_")]
+    kinds = [k for k in counts if k.startswith("vqa_")]
     result |= {f"vqa{name}": np.mean([result[f"{kind}{name}"] for kind in kinds]) for name in ("", "_chance") if kinds}
     agreement = [occlusion_agreement(model, vocabulary, r["image"], t["phrase"], o) for r in records[:32] for t in r["targets"][:2]]
     result |= {"occlusion": np.nanmean(agreement), "occlusion_chance": 0} if agreement else {}
@@ -1032,12 +1031,11 @@ def train(name, levels, samples, o, steps):
             done = (first + step) / (o.base_steps + o.steps)               # of the whole, base and what follows
             hardness = 0.5 * min(1, max(0, (done - 0.5) / 0.3))    # hard negatives from the first step leave the match head at chance
             weight = o.composition_weight * min(1, max(0, (done - o.composition_start) / 0.1))
-            now, shown, names = [level for level in levels if level != "composition" or weight > 0], {}, []
+            now, shown = [level for level in levels if level != "composition" or weight > 0], {}
             optimizer.zero_grad()
             for part in range(o.accumulate):
                 batch = next(batches)
-                unread.update(batch.pop("bad"))
-                names += batch.pop("names")
+                unread.update(batch.pop("bad", {}))
                 whole.require_backward_grad_sync = part == o.accumulate - 1       # ranks average their gradients once a step
                 with torch.autocast(o.device, torch.bfloat16, enabled=cuda):
                     losses, figures = whole(to_device(batch, o.device), now, hardness, o.cam_layer)
@@ -1047,19 +1045,21 @@ def train(name, levels, samples, o, steps):
             shown["gradient"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            waiting.append((step + 1, shown, names))
+            waiting.append((step + 1, shown))
             bar.update(B)
             save = step + 1 == steps or (step + 1) % o.save_every == 0
             if save or len(waiting) == 10 or stop and RANKS == 1:          # the only wait for the device, once in ten steps
-                values = torch.stack([v.float() for _, row, _ in waiting for v in row.values()] + [torch.tensor(float(len(stop)), device=o.device)])
+                values = torch.stack([v.float() for _, row in waiting for v in row.values()] + [torch.tensor(float(len(stop)), device=o.device)])
                 if RANKS > 1: torch.distributed.all_reduce(values)   # all log the mean, and stop at one step
                 values = iter((values / RANKS).tolist())
-                for n, shown, names in waiting:
+                for n, shown in waiting:
                     shown = {k: next(values) for k in shown}
                     losses = {k: round(v, 5) for k, v in shown.items() if k.split("_")[0] in LEVELS}
                     wrong = [k for k, v in shown.items() if not math.isfinite(v) and (k in losses or k == "gradient")]
-                    insist(not wrong, f"step {n} of {name}: {', '.join(wrong)} not finite; the checkpoint {path} is of step {kept or 'none'}; "
-                                      f"a lower --lr may help, or a look at that step's images: {', '.join(names)}")
+                    if wrong:
+                        names = ", ".join(samples[p]["name"] for p in range((first + n - 1) * B, (first + n) * B))
+                        raise UserError(f"step {n} of {name}: {', '.join(wrong)} not finite; the checkpoint {path} is of step {kept or 'none'}; "
+                                        f"a lower --lr may help, or a look at that step's images: {names}")
                     log.write(json.dumps({"run": name, "step": n, "losses": losses, **{k: v for k, v in shown.items() if k not in losses}}) + "\n")
                 bar.set_postfix_str(" ".join(f"{k} {v:.2f}" for k, v in losses.items()))
                 leave_out(unread, o, len(samples.records))
