@@ -1179,11 +1179,9 @@ def run(o):
             log.write(json.dumps({"run": name, "step": o.steps, "evaluation": results[name]}) + "\n")
     if RANK: return
     write_whole(out / "results.json", json.dumps(results, indent=1))
-    before = f"{o.base_steps} steps with captions alone, then " if o.base_steps else ""
-    print(f"\n{o.data}: {len(held_out)} held-out images, {before}{o.steps} steps of {o.batch_size}, seed {o.seed}, {o.device}, "
-          f"at most {peak_memory(o):.1f} GiB of memory; percent but for seconds\n\n{table(results)}\n")
-    if not any(r["targets"] for r in held_out):
-        print("these records have no targets: there is nothing to point at, retrieval alone is measured")
+    print(f"\n{o.data}: {len(held_out)} held-out images, {o.base_steps} steps with captions alone, then {o.steps}, of {o.batch_size} images, "
+          f"seed {o.seed}, {o.device}, at most {peak_memory(o):.1f} GiB of memory; percent but for seconds\n\n{table(results)}\n")
+    if not any(r["targets"] for r in held_out): print("these records have no targets: there is nothing to point at, retrieval alone is measured")
     if o.data == "scenes":
         print("subjects that the parser finds in these captions: precision {:.3f}, recall {:.3f}, F1 {:.3f}".format(*subjects_found(held_out)))
     draw_curves(out / "metrics.jsonl", out / "curves.png")
