@@ -12,6 +12,7 @@ composites of two phrases; here they become losses. No boxes are used in trainin
 Read it from top to bottom: options, data, batches, model, Grad-CAM, losses, measures, pictures, training, main.
 """
 import argparse
+import copy
 import hashlib
 import itertools
 import json
@@ -49,8 +50,7 @@ class UserError(Exception):
 # ---------------------------------------------------------------------------------------------------- options
 LEVELS = ("caption", "phrase", "subject", "composition")
 
-def option(default, text):
-    return field(default=default, metadata={"help": text})
+option = lambda default, text: field(default=default, metadata={"help": text})
 
 @dataclass
 class Options:
@@ -61,12 +61,12 @@ class Options:
     out: str = option("", "folder for all that a run writes [out/NAME]")
     parses: str = option("", "file of parses to train on in place of the rules' (python parse.py --llm)")
     levels: str = option(",".join(LEVELS), "levels of the HIST training; 'caption' trains the baseline alone")
-    base_steps: int = option(-1, "caption-only steps first, from which every training then goes on [scenes 1000, else 0]")
+    base_steps: int = option(-1, "caption-only steps first, from which every training then goes on [scenes 800, else 0]")
     steps: int = option(0, "optimiser steps of each training [scenes 400, else 10 epochs]")
     batch_size: int = option(-1, "images a step [64]")
     lr: float = option(0.0, "peak learning rate [scenes 2e-3, else 3e-4]")
-    composition_weight: float = option(0.1, "lambda, the weight of the composition loss")
-    composition_start: float = option(0.7, "share of the steps after which composition ramps in")
+    composition_weight: float = option(1.0, "lambda, the weight of the composition loss")
+    composition_start: float = option(0.66, "share of the steps after which composition ramps in")
     vit: str = option("", "any timm ViT, from scratch [scenes: one layer on a stem, else vit_small_patch16_224; CPU vit_tiny_…]")
     image_size: int = option(-1, "side of the square image, pixels [scenes 48, else 224; CPU 160]")
     width: int = option(-1, "width of text and fusion layers [scenes 64, else 384; CPU 192]")
@@ -85,7 +85,7 @@ class Options:
     eval_only: bool = option(False, "evaluate the checkpoints in --out, no training")
     ground: list = option(None, "draw where the last trained model looks: PICTURE PHRASE [PHRASE ...]")
 
-SCENES = dict(base_steps=1000, steps=400, batch_size=64, lr=2e-3, vit="scenes", image_size=48, width=64, text_layers=1, fusion_layers=2, workers=0)
+SCENES = dict(base_steps=800, steps=400, batch_size=64, lr=2e-3, vit="scenes", image_size=48, width=64, text_layers=1, fusion_layers=2, workers=0)
 PHOTOS = dict(base_steps=0, batch_size=64, lr=3e-4, workers=min(8, os.cpu_count() or 1), **(
     dict(vit="vit_small_patch16_224", image_size=224, width=384, text_layers=4, fusion_layers=4) if torch.cuda.is_available() else
     dict(vit="vit_tiny_patch16_224", image_size=160, width=192, text_layers=2, fusion_layers=2)))      # to see it run, no more
@@ -114,10 +114,9 @@ COUNT = ("no", "one", "two", "three", "four")
 def shape_alpha(shape, size, angle):
     """How much of each pixel a shape covers, (size, size) in [0, 1], drawn by PIL at four times the size; and its box."""
     big, c, s = Image.new("L", (4 * size, 4 * size)), math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    pen = ImageDraw.Draw(big)
-    pen.polygon([(4 * size * (0.5 + c * x - s * y), 4 * size * (0.5 + s * x + c * y)) for x, y in SHAPES[shape]], fill=255)
+    ImageDraw.Draw(big).polygon([(4 * size * (0.5 + c * x - s * y), 4 * size * (0.5 + s * x + c * y)) for x, y in SHAPES[shape]], fill=255)
     if shape == "ring":
-        pen.ellipse([1.1 * size, 1.1 * size, 2.9 * size, 2.9 * size], fill=0)
+        ImageDraw.Draw(big).ellipse([1.1 * size, 1.1 * size, 2.9 * size, 2.9 * size], fill=0)
     alpha = np.asarray(big.resize((size, size), Image.Resampling.BOX), dtype=np.float32) / 255
     ys, xs = np.nonzero(alpha > 0.5)
     return alpha, (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
@@ -356,16 +355,14 @@ def read_jsonl(path):
     return train, held_out
 
 def load_data(o):
-    """(training records, held-out records) of --data."""
-    if o.data == "scenes":
-        return Scenes(1_000_000, o, "train", False), Scenes(o.eval_images or 500, o, "held out", True)
-    if o.data == "coco":
-        if o.download:
-            download_coco(Path(o.root))
-        return read_coco(Path(o.root), "train"), read_coco(Path(o.root), "val")
-    if not Path(o.data).is_file():
+    """(training records, --eval-images held-out records) of --data."""
+    if o.data not in ("scenes", "coco") and not Path(o.data).is_file():
         raise UserError(f"--data {o.data}: neither scenes, coco, nor a file")
-    return read_jsonl(Path(o.data))
+    if o.data == "coco" and o.download:
+        download_coco(Path(o.root))
+    train, held_out = ((Scenes(1_000_000, o, "train", False), Scenes(o.eval_images or 500, o, "held out", True)) if o.data == "scenes" else
+                       [read_coco(Path(o.root), split) for split in ("train", "val")] if o.data == "coco" else read_jsonl(Path(o.data)))
+    return train, [held_out[i] for i in range(min(len(held_out), o.eval_images or len(held_out)))]
 
 # -------------------------------------------------------------------------------------------- samples and batches
 PAD, CLS, MASK, UNK = range(4)
@@ -537,9 +534,10 @@ class Layer(nn.Module):
 def scenes_vit(o):
     """Four convolutions, 6 pixels to a token, and a ViT layer on them: learns shapes where one linear patch layer learns colours only.
 
-    The stem follows arXiv 2106.14881. Its kernel at stride 2 is even: an odd one is off centre, and shifts every map. There is no [CLS]: with one, matching reads the scene off it and the maps point nowhere.
+    The stem follows arXiv 2106.14881. Padding by (kernel - stride) / 2 centres each token on its patch: one pixel off in the
+    second convolution shifts every map by two. There is no [CLS]: with one, matching reads the scene off it and the maps point nowhere.
     """
-    conv = lambda i, o, kernel, stride: (nn.Conv2d(i, o, kernel, stride, (kernel - 1) // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+    conv = lambda i, o, kernel, stride: (nn.Conv2d(i, o, kernel, stride, (kernel - stride) // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU())
     w = o.width
     stem = nn.Sequential(*conv(3, w // 2, 6, 2), *conv(w // 2, w, 5, 3), *conv(w, w, 3, 1), *conv(w, w, 3, 1))
     return VisionTransformer(img_size=o.image_size, patch_size=1, embed_layer=partial(HybridEmbed, backbone=stem), embed_dim=w, depth=1,
@@ -657,7 +655,7 @@ def composition_loss(part1, part2, whole, weight=None, eps=1e-12):
     distance = (n(whole) - n(n(part1.detach()) + n(part2.detach()))).abs().sum(1)
     return distance.mean() if weight is None else (distance * weight).sum() / weight.sum().clamp(min=eps)
 
-def training_losses(model, batch, levels, hardness, cam_layer):
+def training_losses(model, batch, levels, hardness, cam_layer, teacher=None):
     """The losses of one batch, {"phrase_itc": scalar, …}, unweighted; and figures to watch, {"map_mass": scalar, …}.
 
     The image is encoded once, and its keys and values projected once a fusion layer: every text of every level, and every
@@ -688,7 +686,9 @@ def training_losses(model, batch, levels, hardness, cam_layer):
         with torch.autocast(rows.device.type, enabled=False):                # a loss on a gradient wants all of float32
             image, n = [keys_values.float() for keys_values in image], len(rows)
             T, mask, _ = model.encode_text(ids)
-            parts, found = locate(model, T[:2 * n].detach(), mask[:2 * n], [kv.detach() for kv in image], rows.repeat(2), cam_layer)
+            with torch.no_grad():                              # without a teacher the parts' maps flatten along with the composite's
+                seen, said = (image, T) if teacher is None else (teacher.encode_image(batch["image"])[1], teacher.encode_text(ids)[0])
+            parts, found = locate(teacher or model, said[:2 * n].detach(), mask[:2 * n], [kv.detach() for kv in seen], rows.repeat(2), cam_layer)
             whole, _ = locate(model, T[2 * n:], mask[2 * n:], image, rows, cam_layer, create_graph=True)
             losses["composition"] = composition_loss(parts[:n], parts[n:], whole, found[:n] * found[n:])
         share = whole.detach().flatten(1) / whole.detach().flatten(1).sum(1, keepdim=True).clamp(min=1e-12)
@@ -822,8 +822,7 @@ def evaluate(model, vocabulary, records, o):
         questions = [(row, *q) for row, r in enumerate(batch) for q in r.get("questions", [])]
         for (_, kind, _, choices, true), said in zip(questions, answer(model, vocabulary, images, questions) if questions else ()):
             right.setdefault(kind, []).append((said == true, 1 / len(choices)))
-    names = ("", "_in_mask", "_chance", "_chance_pixel")
-    result = {f"pointing_{kind}{name}": v for kind, rows in points.items() for name, v in zip(names, np.mean(rows, 0))}
+    result = {f"pointing_{kind}{name}": v for kind, rows in points.items() for name, v in zip(("", "_in_mask", "_chance", "_chance_pixel"), np.mean(rows, 0))}
     if pairs:
         image, balances, area, iou = (np.array(column) for column in zip(*(p[:4] for p in pairs)))
         best = [iou[image % 2 != half].mean(0).argmax() if (image % 2 != half).any() else 9 for half in (0, 1)]
@@ -876,12 +875,13 @@ def panels(name, model, vocabulary, image, phrases, regions, o):
     return [(name, picture, None, None)] + [(f"{t} ({m:.2f})", picture, h, r) for t, m, h, r in zip(texts, match, maps, regions)]
 
 def draw_grounding(models, vocabulary, records, o, path):
-    """The first eight records with two things to point at (or else one): image and maps, a row for each model."""
+    """The first eight records with two things to point at (or else one), a row each: the image, and the maps of each model."""
     things = lambda r: [t["phrase"] for t in r["targets"]] or [phrase for phrase, _ in phrases_of(r["captions"][0])]
     rows = []
     for r in ([r for r in records if len(things(r)) > 1] or [r for r in records if things(r)])[:8]:
         regions = [boxes for _, boxes, _ in truth(r, o.image_size)[:2]]
-        rows += [panels(f"{name}: {r['captions'][0]}", model, vocabulary, r["image"], things(r)[:2], regions, o) for name, model in models.items()]
+        of = {name: panels(r["captions"][0], model, vocabulary, r["image"], things(r)[:2], regions, o) for name, model in models.items()}
+        rows.append(next(iter(of.values()))[:1] + [(f"{name}: {text}", *rest) for name, (_, *maps) in of.items() for text, *rest in maps])
     if rows:
         draw_panels(rows, path, "Where each model looks for a phrase, and for two (in brackets: the probability that it matches)")
 
@@ -970,6 +970,8 @@ def train(name, levels, samples, o, steps, base=None):
     kept = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     metrics.write_text("".join(json.dumps(k) + "\n" for k in kept if k["run"] != name or k["step"] <= start and "losses" in k))
     model.train()
+    teacher = copy.deepcopy(model).eval() if saved and saved["teacher"] else None
+    teacher and teacher.load_state_dict(saved["teacher"])
     waiting, begun = [], time.time() - seconds
     with open(metrics, "a") as log, tqdm(total=steps * B, initial=start * B, unit="img", desc=name, smoothing=0.05) as bar:
         for step, batch in enumerate(loader, start):
@@ -977,8 +979,10 @@ def train(name, levels, samples, o, steps, base=None):
             hardness = 0.5 * min(1, max(0, (done - 0.5) / 0.3))    # hard negatives from the first step leave the match head at chance
             weight = o.composition_weight * min(1, max(0, (done - o.composition_start) / 0.1))
             now = [level for level in levels if level != "composition" or weight > 0]
+            if "composition" in now and teacher is None:
+                teacher = copy.deepcopy(model).eval()          # of the weights as they are when composition sets in
             with torch.autocast(o.device, torch.bfloat16, enabled=cuda):
-                losses, figures = training_losses(model, to_device(batch, o.device), now, hardness, o.cam_layer)
+                losses, figures = training_losses(model, to_device(batch, o.device), now, hardness, o.cam_layer, teacher)
             loss = sum((weight * v if k == "composition" else v for k, v in losses.items()), start=0 * model.log_temperature)
             optimizer.zero_grad()
             loss.backward()
@@ -998,7 +1002,7 @@ def train(name, levels, samples, o, steps, base=None):
                 log.flush()
                 seconds = time.time() - begun
                 torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                            "step": step + 1, "seconds": seconds, "vocabulary": list(samples.vocabulary), "options": asdict(o),
+                            "step": step + 1, "teacher": teacher and teacher.state_dict(), "seconds": seconds, "vocabulary": list(samples.vocabulary), "options": asdict(o),
                             "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}}, path.with_suffix(".tmp"))
                 os.replace(path.with_suffix(".tmp"), path)     # a checkpoint is whole, or it is the one before
     return model, seconds
@@ -1086,7 +1090,6 @@ def ground(o):
 def prepare(o):
     """(samples to train on, held-out records) of a run, its folder made and its options settled."""
     records, held_out = load_data(o)
-    held_out = [held_out[i] for i in range(min(len(held_out), o.eval_images or len(held_out)))]
     o.batch_size = min(o.batch_size, len(records))
     o.steps = o.steps or max(1, 10 * len(records) // o.batch_size)
     few = range(100_000, 102_000) if o.data == "scenes" else range(len(records))
@@ -1111,7 +1114,6 @@ def run(o):
     levels = {"baseline": ("caption",), "hist": tuple(o.levels.split(","))}
     if o.eval_only:
         held_out = load_data(o)[1]
-        held_out = [held_out[i] for i in range(min(len(held_out), o.eval_images or len(held_out)))]
         for name in [n for n in levels if (out / f"{n}.pt").exists()]:
             models[name], vocabulary, saved = restore(out / f"{name}.pt", o)
             results[name] = {"seconds": saved["seconds"]}
