@@ -12,7 +12,7 @@ composites of two phrases; here they become losses. No boxes are used in trainin
 
 Read it from top to bottom: options, data, batches, model, Grad-CAM, losses, measures, pictures, training, main.
 """
-import argparse, hashlib, importlib, itertools, json, math, os, random, resource, shlex, shutil, signal, sys, textwrap, time, urllib.request
+import argparse, copy, hashlib, importlib, itertools, json, math, os, random, resource, shlex, signal, sys, textwrap, time
 from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageOps
 from timm.layers import HybridEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.utils import check_integrity, extract_archive
+from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
@@ -51,17 +51,17 @@ class Options:
     """The command line. 0, -1 or "" stand for what suits the data: SCENES and PHOTOS below."""
     data: str = option("scenes", "scenes, coco, or a file of your own records: FILE.jsonl")
     root: str = option("data/coco", "folder of COCO's train2017/ val2017/ annotations/")
-    download: bool = option(False, "fetch COCO 2017 into --root first (20 GB, resumable, checked)")
+    download: bool = option(False, "fetch COCO 2017 into --root first (20 GB, checked)")
     out: str = option("", "folder for all that a run writes [out/NAME]")
     parses: str = option("", "file of parses to train on in place of the rules' (python parse.py --llm)")
     levels: str = option(",".join(LEVELS), "levels of the HIST training; 'caption' trains the baseline alone")
-    base_steps: int = option(-1, "caption-only steps first, from which every training then goes on [scenes 1000, else 0]", 0)
+    base_steps: int = option(-1, "caption-only steps first, from which every training then goes on [scenes 800, else 0]", 0)
     steps: int = option(0, "optimiser steps of each training [scenes 400, else 10 epochs]", 0)
     batch_size: int = option(-1, "images a step, over all GPUs [64]", 1)
     accumulate: int = option(1, "parts in which a step's batch is computed, one after the other: less memory", 1)
     lr: float = option(0.0, "peak learning rate [scenes 2e-3, else 3e-4]", 0)
-    composition_weight: float = option(0.1, "lambda, the weight of the composition loss")
-    composition_start: float = option(0.7, "share of the steps after which composition ramps in")
+    composition_weight: float = option(1.0, "lambda, the weight of the composition loss")
+    composition_start: float = option(0.66, "share of the steps after which composition ramps in")
     vit: str = option("", "any timm ViT [scenes: one layer on a stem, else vit_small_patch16_224; CPU vit_tiny_…]")
     pretrained: bool = option(False, "start --vit from timm's pretrained weights")
     image_size: int = option(-1, "side of the square image, pixels [scenes 48, else 224; CPU 160]", 16)
@@ -84,7 +84,7 @@ class Options:
     bench: bool = option(False, "time a step, part by part, as levels are added; and the loader alone")
     ground: list = option(None, "draw where the last trained model looks: PICTURE PHRASE [PHRASE ...]")
 
-SCENES = dict(base_steps=1000, steps=400, batch_size=64, lr=2e-3, vit="scenes", image_size=48, width=64, text_layers=1, fusion_layers=2, workers=0)
+SCENES = dict(base_steps=800, steps=400, batch_size=64, lr=2e-3, vit="scenes", image_size=48, width=64, text_layers=1, fusion_layers=2, workers=0)
 PHOTOS = dict(base_steps=0, batch_size=64, lr=3e-4, workers=min(8, os.cpu_count() or 1), **(
     dict(vit="vit_small_patch16_224", image_size=224, width=384, text_layers=4, fusion_layers=4) if torch.cuda.is_available() else
     dict(vit="vit_tiny_patch16_224", image_size=160, width=192, text_layers=2, fusion_layers=2)))      # to see it run, no more
@@ -113,29 +113,23 @@ COUNT = ("no", "one", "two", "three", "four")
 def shape_alpha(shape, size, angle):
     """How much of each pixel a shape covers, (size, size) in [0, 1], drawn by PIL at four times the size; and its box."""
     big, c, s = Image.new("L", (4 * size, 4 * size)), math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    pen = ImageDraw.Draw(big)
-    pen.polygon([(4 * size * (0.5 + c * x - s * y), 4 * size * (0.5 + s * x + c * y)) for x, y in SHAPES[shape]], fill=255)
-    if shape == "ring":
-        pen.ellipse([1.1 * size, 1.1 * size, 2.9 * size, 2.9 * size], fill=0)
+    ImageDraw.Draw(big).polygon([(4 * size * (0.5 + c * x - s * y), 4 * size * (0.5 + s * x + c * y)) for x, y in SHAPES[shape]], fill=255)
+    if shape == "ring": ImageDraw.Draw(big).ellipse([1.1 * size, 1.1 * size, 2.9 * size, 2.9 * size], fill=0)
     alpha = np.asarray(big.resize((size, size), Image.Resampling.BOX), dtype=np.float32) / 255
     ys, xs = np.nonzero(alpha > 0.5)
     return alpha, (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
 
 def draw_scene(rng, side, wanted, unseen):
-    """One scene: a record with an image (side, side, 3) uint8, a caption of some of its objects, and the truth about all.
-
-    rng: random.Random. wanted: how many objects, no two of the same colour and shape, half of them distractors that share
-    one of the two with the first; their diameters are 0.2 to 0.5 of the side. unseen: whether UNSEEN pairs may be drawn.
-    """
+    """One scene: a record with an image (side, side, 3) uint8, a caption of some of its objects, and the truth about all. wanted: how many,
+    no two of the same colour and shape, half of them distractors that share one of the two with the first; their diameters are 0.2 to 0.5
+    of the side. unseen: whether UNSEEN pairs may be drawn. rng: random.Random."""
     objects, masks, base = [], [], rng.uniform(190, 240)
     grain = np.frombuffer(rng.randbytes(side * side), dtype=np.uint8).reshape(side, side)
     image = np.float32([[[base + rng.uniform(-10, 10)]] for _ in "rgb"]) + grain * np.float32(rng.uniform(0.01, 0.05))
     for _ in range(200):
-        if len(objects) == wanted:
-            break
+        if len(objects) == wanted: break
         colour, shape = rng.choice(list(COLOURS)), rng.choice(list(SHAPES))
-        if objects and rng.random() < 0.5:
-            colour, shape = (objects[0]["colour"], shape) if rng.random() < 0.5 else (colour, objects[0]["shape"])
+        if objects and rng.random() < 0.5: colour, shape = (objects[0]["colour"], shape) if rng.random() < 0.5 else (colour, objects[0]["shape"])
         size = int(side * 0.2 * 2.5 ** rng.random())
         x, y = rng.randint(0, side - size), rng.randint(0, side - size)
         if (colour, shape) in UNSEEN and not unseen or any(
@@ -158,8 +152,7 @@ def draw_scene(rng, side, wanted, unseen):
     return {"image": image.clip(0, 255).astype(np.uint8).transpose(1, 2, 0), "captions": [caption], "said": said, "targets": targets,
             "questions": ask(rng, objects)}
 
-def with_article(noun):
-    return ("an " if noun[0] in "aeiou" else "a ") + noun
+with_article = lambda noun: ("an " if noun[0] in "aeiou" else "a ") + noun
 
 def describe(rng, objects, side):
     """A true caption that names one to four of the objects, and what it says: [(phrase, subject), ...]."""
@@ -167,8 +160,7 @@ def describe(rng, objects, side):
     names = lambda o: ("small " if o["size"] < 0.27 * side else "large " if o["size"] > 0.38 * side else "") * (rng.random() < 0.4) + f"{o['colour']} {o['shape']}"
     clause = [o for o in order[1:] or order if not alike(o, "shape") or not alike(o, "colour")][-1:] if rng.random() < 0.5 else []
     chosen = [o for o in order if o not in clause][:rng.randint(1 if clause else 2, 3)]
-    if rng.random() < 0.15:
-        chosen, clause = ([], clause) if clause else (chosen[:1], [])
+    if rng.random() < 0.15: chosen, clause = ([], clause) if clause else (chosen[:1], [])
     said = [(with_article(names(o)), o["shape"]) for o in chosen]
     phrases = [phrase for phrase, _ in said]
     if len(chosen) < 2:
@@ -204,16 +196,12 @@ def ask(rng, objects):
     return questions + [("count", "[MASK] shapes", COUNT[2:], COUNT[len(objects)])] * (len(objects) > 1)
 
 class Scenes:
-    """n scenes, drawn on demand, each by its number, the seed and a name: no two sets share a scene.
-
-    test: whether they have at least two objects, and UNSEEN pairs too; else the first 16,000 scenes have one object, and
-    16,000 later there may be two, and so on up to four: shapes are learnt on their own, or only after many thousands.
-    """
+    """n scenes, drawn on demand, each by its number, the seed and a name: no two sets share a scene. test: whether they have two objects at least,
+    and UNSEEN pairs too; else the first 16,000 have one object, 16,000 later there may be two, and so on to four: shapes are learnt one by one."""
     def __init__(self, n, o, name, test):
         self.n, self.side, self.stream, self.test = n, o.image_size, f"{o.seed} {name}", test
 
-    def __len__(self):
-        return self.n
+    def __len__(self): return self.n
 
     def __getitem__(self, i):
         rng = random.Random(f"{self.stream} {i}")
@@ -224,30 +212,13 @@ COCO_URL = "http://images.cocodataset.org/"
 COCO_FILES = {"annotations/annotations_trainval2017.zip": "f4bbac642086de4f52a3fdda2de5fa2c",     # name: MD5
               "zips/val2017.zip": "442b8da7639aecaf257c1dceb8ba8c80", "zips/train2017.zip": "cced6f7f71b7629ddf16f17bbcfab6b2"}
 
-def fetch(url, path, md5):
-    """Download url to path by way of path.part, which a second call resumes and only the right MD5 renames."""
-    part = path.with_name(path.name + ".part")
-    if not check_integrity(part, md5):
-        request = urllib.request.Request(url, headers={"Range": f"bytes={part.stat().st_size if part.exists() else 0}-"})
-        with blaming(f"{url} (what has come is kept: the same command goes on from there)"), urllib.request.urlopen(request, timeout=60) as reply:
-            with open(part, "ab" if reply.status == 206 else "wb") as f:       # 206: it goes on
-                total = f.tell() + int(reply.headers["Content-Length"] or 0)
-                with tqdm.wrapattr(reply, "read", total=total, initial=f.tell(), desc=path.name) as body:
-                    shutil.copyfileobj(body, f, 1 << 20)
-                insist(f.tell() == total, f"the connection broke at {f.tell():,} of {total:,} bytes")
-    if not check_integrity(part, md5):
-        part.unlink()
-        raise UserError(f"{url}: what came is corrupt (its MD5 is not {md5}) and is deleted; the same command fetches it anew")
-    part.rename(path)
-
 def download_coco(root):
-    """Fetch and unpack what root lacks of COCO 2017; a folder gets its name only when it is complete."""
+    """Fetch, check and unpack what root lacks of COCO 2017; an archive that lies there already is used. A folder gets its name when it is complete."""
     for name, md5 in COCO_FILES.items():
-        archive, folder = root / Path(name).name, "annotations" if "annotations" in name else Path(name).stem
+        folder = "annotations" if "annotations" in name else Path(name).stem
         if not (root / folder).exists():
-            root.mkdir(parents=True, exist_ok=True)
-            if not check_integrity(archive, md5): fetch(COCO_URL + name, archive, md5)
-            extract_archive(archive, root / "unpacking", remove_finished=True)
+            with blaming(f"{COCO_URL}{name} (wget -c {COCO_URL}{name} in {root} goes on where it breaks)"):
+                download_and_extract_archive(COCO_URL + name, root, root / "unpacking", md5=md5, remove_finished=True)
             (root / "unpacking" / folder).rename(root / folder)
 
 @contextmanager
@@ -552,9 +523,10 @@ class Layer(nn.Module):
 def scenes_vit(o):
     """Four convolutions, 6 pixels to a token, and a ViT layer on them: learns shapes where one linear patch layer learns colours only.
 
-    The stem follows arXiv 2106.14881. Its kernel at stride 2 is even: an odd one is off centre, and shifts every map. There is no [CLS]: with one, matching reads the scene off it and the maps point nowhere.
+    The stem follows arXiv 2106.14881. Padding by (kernel - stride) / 2 centres each token on its patch: one pixel off in the
+    second convolution shifts every map by two. There is no [CLS]: with one, matching reads the scene off it and the maps point nowhere.
     """
-    conv = lambda i, o, kernel, stride: (nn.Conv2d(i, o, kernel, stride, (kernel - 1) // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+    conv = lambda i, o, kernel, stride: (nn.Conv2d(i, o, kernel, stride, (kernel - stride) // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU())
     w = o.width
     stem = nn.Sequential(*conv(3, w // 2, 6, 2), *conv(w // 2, w, 5, 3), *conv(w, w, 3, 1), *conv(w, w, 3, 1))
     return VisionTransformer(img_size=o.image_size, patch_size=1, embed_layer=partial(HybridEmbed, backbone=stem), embed_dim=w, depth=1,
@@ -696,7 +668,7 @@ def composition_loss(part1, part2, whole, weight=None, eps=1e-12):
     distance = (n(whole) - n(n(part1.detach()) + n(part2.detach()))).abs().sum(1)
     return distance.mean() if weight is None else (distance * weight).sum() / weight.sum().clamp(min=eps)
 
-def training_losses(model, batch, levels, hardness, cam_layer):
+def training_losses(model, batch, levels, hardness, cam_layer, teacher=None):
     """The losses of one batch, {"phrase_itc": scalar, …}, unweighted; and figures to watch, {"map_mass": scalar, …}.
 
     The image is encoded once, and its keys and values projected once a fusion layer: every text of every level, and every
@@ -735,7 +707,9 @@ def training_losses(model, batch, levels, hardness, cam_layer):
         with torch.autocast(device.type, enabled=False):                     # a loss on a gradient wants all of float32
             image, n = [keys_values.float() for keys_values in image], len(rows)
             T, mask, _ = model.encode_text(ids)
-            parts, found = locate(model, T[:2 * n].detach(), mask[:2 * n], [kv.detach() for kv in image], rows.repeat(2), cam_layer)
+            with torch.no_grad():                              # without a teacher the parts' maps flatten along with the composite's
+                seen, said = (image, T) if teacher is None else ([gather(kv, 1) for kv in teacher.encode_image(batch["image"])[1]], teacher.encode_text(ids)[0])
+            parts, found = locate(teacher or model, said[:2 * n].detach(), mask[:2 * n], [kv.detach() for kv in seen], rows.repeat(2), cam_layer)
             whole, _ = locate(model, T[2 * n:], mask[2 * n:], image, rows, cam_layer, create_graph=True)
             weight = found[:n] * found[n:] * good[rows]
             losses["composition"] = share(composition_loss(parts[:n], parts[n:], whole, weight), weight.sum(), gather(weight.sum()[None]).sum())
@@ -763,8 +737,7 @@ def balance(heat, mask1, mask2):
 def box_mask(boxes, side):
     """Boxes [[x0, y0, x1, y1], …] filled: (side, side) bool."""
     filled = np.zeros((side, side), dtype=bool)
-    for x0, y0, x1, y1 in np.clip(boxes, 0, side):
-        filled[math.floor(y0):math.ceil(y1), math.floor(x0):math.ceil(x1)] = True
+    for x0, y0, x1, y1 in np.clip(boxes, 0, side): filled[math.floor(y0):math.ceil(y1), math.floor(x0):math.ceil(x1)] = True
     return filled
 
 def truth(record, side):
@@ -885,17 +858,18 @@ def evaluate(model, vocabulary, records, o):
 
 # ------------------------------------------------------------------------------------------------------- pictures
 def draw_grounding(models, vocabulary, records, o, path):
-    """Where each model looks in the first eight records with two things to name (or else one): a row a model of the image, the map of each
-    phrase and of all together, in brackets the probability that they match, and the target as a white line."""
+    """Where each model looks in the first eight records with two things to name (or else one): a row a record of the image, then for each model
+    the map of each phrase and of all together, in brackets the probability that they match, and the target as a white line."""
     things = lambda r: r.get("phrases") or ([t["phrase"] for t in r["targets"]] or [phrase for phrase, _ in phrases_of(r["captions"][0])])[:2]
     chosen, rows = ([r for r in records if len(things(r)) > 1] or [r for r in records if things(r)])[:8], []
-    for r, (name, model) in itertools.product(chosen, models.items()):
+    for r in chosen:
         picture, phrases = load_pixels(r["image"]), things(r)
         texts, regions = phrases + [" and ".join(phrases)] * (len(phrases) > 1), [boxes for _, boxes, _ in truth(r, o.image_size)[:2]]
         regions = regions + [np.logical_or.reduce(regions)] if regions else [None] * len(texts)
-        maps, match = maps_of(model, vocabulary, read_image(picture, o.image_size)[None].to(o.device), texts, [0] * len(texts), o)
-        shown = [(f"{text} ({m:.2f})", heat, region) for text, m, heat, region in zip(texts, match, maps, regions)]
-        rows.append([(picture, panel) for panel in [(f"{name}: {r['captions'][0]}", None, None), *shown]])
+        rows.append([(picture, (r["captions"][0], None, None))])
+        for name, model in models.items():
+            maps, match = maps_of(model, vocabulary, read_image(picture, o.image_size)[None].to(o.device), texts, [0] * len(texts), o)
+            rows[-1] += [(picture, (f"{name}: {text} ({m:.2f})", heat, region)) for text, m, heat, region in zip(texts, match, maps, regions)]
     if not rows: return
     figure = Figure(figsize=(2.6 * len(rows[0]), 2.75 * len(rows) + 1), layout="constrained")
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
@@ -935,8 +909,7 @@ def draw_curves(metrics, path):
     points, runs = {}, []                                      # {loss: {training: [(step, value), …]}}
     for line in [line for line in read_metrics(metrics) if "losses" in line]:
         runs += [line["run"]] * (line["run"] not in runs)
-        for name, value in line["losses"].items():
-            points.setdefault(name, {}).setdefault(line["run"], []).append((line["step"], value))
+        for name, value in line["losses"].items(): points.setdefault(name, {}).setdefault(line["run"], []).append((line["step"], value))
     figure = Figure(figsize=(12, 2.6 * math.ceil(len(points) / 3)), layout="constrained")
     for n, (name, lines) in enumerate(points.items(), 1):
         ax = figure.add_subplot(math.ceil(len(points) / 3), 3, n, title=f"{name.replace('_', ' ')} loss", xlabel="step")
@@ -1024,6 +997,8 @@ def train(name, levels, samples, o, steps):
     batches = loader(samples, o, (first + start) * B, (first + steps) * B)
     whole = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if RANKS > 1 else model
     model.train()
+    teacher = copy.deepcopy(model).eval() if again and saved["teacher"] else None
+    if teacher: teacher.load_state_dict(saved["teacher"])
     waiting, begun, unread, kept = [], time.time() - seconds, {}, start
     bar = tqdm(total=steps * B, initial=start * B, unit="img", desc=name, smoothing=0.05, disable=RANK > 0)
     with open(os.devnull if RANK else metrics, "a") as log, bar, interrupts() as stop:
@@ -1032,13 +1007,14 @@ def train(name, levels, samples, o, steps):
             hardness = 0.5 * min(1, max(0, (done - 0.5) / 0.3))    # hard negatives from the first step leave the match head at chance
             weight = o.composition_weight * min(1, max(0, (done - o.composition_start) / 0.1))
             now, shown = [level for level in levels if level != "composition" or weight > 0], {}
+            if "composition" in now and teacher is None: teacher = copy.deepcopy(model).eval()      # of the weights as composition sets in
             optimizer.zero_grad()
             for part in range(o.accumulate):
                 batch = next(batches)
                 unread.update(batch.pop("bad", {}))
                 whole.require_backward_grad_sync = part == o.accumulate - 1       # ranks average their gradients once a step
                 with torch.autocast(o.device, torch.bfloat16, enabled=cuda):
-                    losses, figures = whole(to_device(batch, o.device), now, hardness, o.cam_layer)
+                    losses, figures = whole(to_device(batch, o.device), now, hardness, o.cam_layer, teacher)
                 loss = sum((weight * v if k == "composition" else v for k, v in losses.items()), start=0 * model.log_temperature)
                 (loss / o.accumulate).backward()
                 for k, v in (losses | figures).items(): shown[k] = shown.get(k, 0) + v.detach() / o.accumulate
@@ -1069,7 +1045,7 @@ def train(name, levels, samples, o, steps):
                     log.flush()
                     if not RANK:
                         write_whole(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                                           "step": kept, "seconds": seconds, "vocabulary": list(samples.vocabulary), "options": asdict(o),
+                                           "step": kept, "seconds": seconds, "teacher": teacher and teacher.state_dict(), "vocabulary": list(samples.vocabulary), "options": asdict(o),
                                            "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}})
                 if halt: raise KeyboardInterrupt
     if RANKS > 1: torch.distributed.barrier()                  # the checkpoint is there before anyone goes on from it
@@ -1169,14 +1145,12 @@ def run(o):
     else:
         samples, held_out = prepare(o)
         if o.base_steps: train("base", ("caption",), samples, o, o.base_steps)
-        for name in levels if levels["hist"] != levels["baseline"] else ["baseline"]:
-            train(name, levels[name], samples, o, o.steps)
+        for name in levels if levels["hist"] != levels["baseline"] else ["baseline"]: train(name, levels[name], samples, o, o.steps)
     for name in [name for name in levels if (out / f"{name}.pt").exists() and not RANK]:
         models[name], vocabulary, saved = restore(out / f"{name}.pt", o)
         measured, pairs[name] = evaluate(models[name], vocabulary, held_out, o)
         results[name] = {"seconds": saved["seconds"], **measured}
-        with open(out / "metrics.jsonl", "a") as log:
-            log.write(json.dumps({"run": name, "step": o.steps, "evaluation": results[name]}) + "\n")
+        with open(out / "metrics.jsonl", "a") as log: log.write(json.dumps({"run": name, "step": o.steps, "evaluation": results[name]}) + "\n")
     if RANK: return
     write_whole(out / "results.json", json.dumps(results, indent=1))
     print(f"\n{o.data}: {len(held_out)} held-out images, {o.base_steps} steps with captions alone, then {o.steps}, of {o.batch_size} images, "

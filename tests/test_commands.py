@@ -343,36 +343,35 @@ def server(here, monkeypatch):
         threading.Thread(target=s.serve_forever, daemon=True).start()
         monkeypatch.setattr(hist, "COCO_URL", f"http://127.0.0.1:{s.server_port}/")
         monkeypatch.setattr(hist, "COCO_FILES", {name: hashlib.md5(archives["/" + name]).hexdigest() for name in hist.COCO_FILES})
+        Handler.archives = archives
         yield Handler
         s.shutdown()
 
 
-def test_download_resumes_and_takes_nothing_half_done_for_data(here, server, capsys):
+def test_a_download_that_breaks_off_is_no_data_and_the_same_command_ends_it(here, server, capsys):
     server.breaks = 20_000
     said = refused(capsys, "--data", "coco", "--root", "coco", "--download")
-    assert "20,000" in said and "goes on from there" in said
-    assert [p.name for p in Path("coco").iterdir()] == ["annotations_trainval2017.zip.part"]
+    assert "annotations_trainval2017.zip" in said and "wget -c" in said and not Path("coco/annotations").exists()
     server.breaks = 0
     hist.download_coco(Path("coco"))
-    assert server.asked[1] == ("/annotations/annotations_trainval2017.zip", "bytes=20000-")
     assert sorted(p.name for p in Path("coco").iterdir()) == ["annotations", "train2017", "unpacking", "val2017"]
     asked = len(server.asked)
     hist.download_coco(Path("coco"))                            # all is there: nothing is asked for
     assert len(server.asked) == asked
 
 
-def test_a_complete_part_is_checked_and_taken(here, server):
-    name, md5 = next(iter(hist.COCO_FILES.items()))
-    hist.fetch(hist.COCO_URL + name, Path("a.zip"), md5)
-    Path("a.zip").rename("a.zip.part")
-    hist.fetch(hist.COCO_URL + name, Path("a.zip"), md5)
-    assert Path("a.zip").exists() and server.asked[-1][1]
+def test_an_archive_that_somebody_else_brought_is_taken_if_it_is_whole(here, server):
+    Path("coco").mkdir()
+    name = next(iter(hist.COCO_FILES))
+    Path("coco", Path(name).name).write_bytes(server.archives["/" + name])
+    hist.download_coco(Path("coco"))
+    assert "/" + name not in [path for path, _ in server.asked] and Path("coco/annotations").is_dir()
 
 
-def test_a_corrupt_download_is_deleted(here, server, capsys):
+def test_a_corrupt_download_is_no_data(here, server, capsys):
     server.wrong = True
     said = refused(capsys, "--data", "coco", "--root", "coco", "--download")
-    assert "corrupt" in said and list(Path("coco").iterdir()) == []
+    assert "corrupt" in said and not Path("coco/annotations").exists()
 
 
 def test_download_offline_says_so(here, monkeypatch, capsys):

@@ -245,6 +245,40 @@ def test_composition_teaches_the_composite_not_the_parts():
     assert maps[0].grad is None and maps[1].grad is None and maps[2].grad.abs().max() > 0
 
 
+def test_the_parts_of_a_composite_come_from_the_teacher_and_do_not_teach_it():
+    o = options()
+    vocabulary, batch = batch_of(o)
+    model, teacher = hist.HIST(o, vocabulary).eval(), hist.HIST(o, vocabulary).eval()
+    text, maps = batch["composition"], {}
+    n = len(text["rows"])
+    for name, m in (("model", model), ("teacher", teacher)):
+        image, (T, mask, _) = m.encode_image(batch["image"])[1], m.encode_text(text["ids"])
+        maps[name], maps[f"{name}_match"] = hist.locate(m, T, mask, image, text["rows"].repeat(3), o.cam_layer)
+    expected = {name: hist.composition_loss(maps[name][:n], maps[name][n:2 * n], maps["model"][2 * n:],
+                                            maps[f"{name}_match"][:n] * maps[f"{name}_match"][n:2 * n]).item() for name in ("model", "teacher")}
+    assert abs(expected["model"] - expected["teacher"]) > 1e-3
+    for name, given in (("model", None), ("teacher", teacher)):
+        losses, _ = hist.training_losses(model, batch, ("composition",), 0.0, o.cam_layer, given)
+        assert losses["composition"].item() == pytest.approx(expected[name], abs=1e-4)
+    losses["composition"].backward()
+    assert all(p.grad is None for p in teacher.parameters()) and any(p.grad is not None and p.grad.any() for p in model.vit.parameters())
+
+
+def test_a_token_of_the_scenes_stem_is_centred_on_its_patch():
+    """With all weights alike a token's gradient is its receptive field, and the middle of that must be the middle of the patch."""
+    o = options()
+    stem = hist.scenes_vit(o).patch_embed.backbone.eval()
+    for p in stem.parameters():
+        torch.nn.init.constant_(p, 0.01)
+    side, patch = 2 * o.image_size, o.image_size // hist.scenes_vit(o).patch_embed.grid_size[0]     # twice the image: tokens far from an edge
+    image = torch.ones(1, 3, side, side, requires_grad=True)
+    for row, column in ((7, 7), (8, 6)):
+        field, = torch.autograd.grad(stem(image)[0, :, row, column].sum(), image)
+        field, at = field[0].sum(0), torch.arange(side)
+        assert (field.sum(1) @ at.float() / field.sum()).item() == pytest.approx(patch * row + (patch - 1) / 2, abs=0.01)
+        assert (field.sum(0) @ at.float() / field.sum()).item() == pytest.approx(patch * column + (patch - 1) / 2, abs=0.01)
+
+
 def test_levels_are_switchable_and_every_loss_reaches_the_image():
     torch.manual_seed(0)
     vocabulary, batch = batch_of(options())
