@@ -26,13 +26,13 @@ if len(sys.argv) > 3:                                           # a picture that
 o = hist.Options(**{**hist.PHOTOS, "data": "x", "vit": "vit_tiny_patch16_224", "image_size": 32, "width": 64, "text_layers": 1, "fusion_layers": 2, "batch_size": 8})
 torch.manual_seed(0)
 vocabulary = hist.build_vocabulary(captions, 100)
-model = hist.HIST(o, vocabulary)
+model, teacher = hist.HIST(o, vocabulary), hist.HIST(o, vocabulary).eval()
 samples = hist.Samples(records, vocabulary, o)
 whole = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if hist.RANKS > 1 else model
 every = [samples[i] for i in range(8)]
 assert sum(s["image"] is not None for s in every) == 8 // hist.RANKS
 torch.manual_seed(1)
-losses, _ = whole(hist.collate(every), hist.LEVELS, 0.5, 0)
+losses, _ = whole(hist.collate(every), hist.LEVELS, 0.5, 0, teacher)
 sum(losses.values()).backward()
 values = torch.stack(list(losses.values())).detach()
 if hist.RANKS > 1:
