@@ -26,31 +26,20 @@ def rows_of(which, original=hist.grad_cam):
     return grad_cam
 
 
-def composition_loss(divide, detach):
-    """hist.composition_loss with maps divided by their sum or their maximum, and the parts detached or not."""
-    def loss(part1, part2, whole, weight, eps=1e-12):
-        size = {"sum": lambda M: M.flatten(1).sum(1), "max": lambda M: M.flatten(1).amax(1)}[divide]
-        n = lambda M: M / (size(M) + eps)[:, None, None]
-        target = n(n(part1) + n(part2))
-        distance = (n(whole) - (target.detach() if detach else target)).abs().flatten(1).sum(1) / (1 if divide == "sum" else whole[0].numel())
-        return (distance * weight).sum() / weight.sum().clamp(min=eps)
-    return loss
+def over_maximum(part1, part2, whole, weight, eps=1e-12):
+    """hist.composition_loss with maps over their maximum in place of their sum, and the mean over patches."""
+    n = lambda M: M.flatten(1) / (M.flatten(1).amax(1, keepdim=True) + eps)
+    distance = (n(whole) - n(n(part1.detach()) + n(part2.detach()))).abs().mean(1)
+    return (distance * weight).sum() / weight.sum().clamp(min=eps)
 
 
-def without_teacher(detach, losses=hist.training_losses, locate=hist.locate):
-    """Patches by which the parts' maps are the trained model's own, detached or (into the fusion layers) not."""
-    def training_losses(model, batch, levels, hardness, cam_layer, teacher):
-        return losses(model, batch, levels, hardness, cam_layer)
-    if detach:
-        return {"training_losses": training_losses}
-    def undetached(model, T, mask, image, rows, layer, create_graph=False):
-        return locate(model, T, mask, image, rows, layer, create_graph=model.training)
-    return {"training_losses": training_losses, "locate": undetached, "composition_loss": composition_loss("sum", False)}
+def without_teacher(model, batch, levels, hardness, cam_layer, teacher, original=hist.training_losses):
+    """training_losses with the parts' maps from the model that is trained, detached."""
+    return original(model, batch, levels, hardness, cam_layer)
 
 
-VARIANTS = {"as it is": ({}, {}), "no teacher": ({}, without_teacher(True)), "lambda 0.3": ({"composition_weight": 0.3}, {}),
-            "start at 0.85": ({"composition_start": 0.85}, {}), "maps over their maximum": ({}, {"composition_loss": composition_loss("max", True)}),
-            "layer 0": ({"cam_layer": 0}, {}), "no teacher, not detached": ({}, without_teacher(False))}
+VARIANTS = {"as it is": ({}, {}), "no teacher": ({}, {"training_losses": without_teacher}), "lambda 0.3": ({"composition_weight": 0.3}, {}),
+            "start at 0.85": ({"composition_start": 0.85}, {}), "maps over their maximum": ({}, {"composition_loss": over_maximum})}
 
 
 def main(seeds):

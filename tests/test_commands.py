@@ -153,7 +153,7 @@ def test_resume_ends_where_an_unbroken_run_ends(here, monkeypatch, stop):
 
 def test_a_checkpoint_holds_all_that_is_needed(scenes_run):
     saved = torch.load(scenes_run[0] / "out/scenes/hist.pt", weights_only=True)
-    assert set(saved) == {"model", "optimizer", "schedule", "step", "seconds", "vocabulary", "options", "random"}
+    assert set(saved) == {"model", "optimizer", "schedule", "step", "seconds", "vocabulary", "options", "random", "teacher"}
     assert saved["vocabulary"][:4] == ["[PAD]", "[CLS]", "[MASK]", "[UNK]"] and saved["options"]["steps"] == 6
 
 
