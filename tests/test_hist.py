@@ -83,7 +83,7 @@ def test_gradient_of_composition_through_grad_cam_against_finite_differences(dou
     gradients = torch.autograd.grad(value, parameters, allow_unused=True)
     direction = [torch.randn_like(p) for p in parameters]
     slope = sum((g * d).sum() for g, d in zip(gradients, direction) if g is not None)
-    ends, eps = [], 1e-6
+    ends, eps = [], 1e-7
     for sign in (1, -2, 1):                                     # there, back past the start, and home
         with torch.no_grad():
             for p, d in zip(parameters, direction):
