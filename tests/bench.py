@@ -2,6 +2,7 @@
 
 Another program's step can be timed beside ours: bench(o, {"name": step}), where step(batch) does all from collate's batch to new weights.
 """
+import copy
 import itertools
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ def bench(o, peers={}):
     """Print the cost of a whole training step, and the share of its parts, as levels are added; in turns, so that all meet the same machine."""
     samples, _ = hist.prepare(o)
     model, clock, cuda = hist.HIST(o, samples.vocabulary).to(o.device), Counter(), o.device == "cuda"
+    teacher = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=o.device != "mps")
     def timed(part, f):
         def g(*arguments, **named):
@@ -31,7 +33,7 @@ def bench(o, peers={}):
         setattr(owner, f, timed(part, getattr(owner, f)))
     def ours(levels, batch):
         with torch.autocast(o.device, torch.bfloat16, enabled=cuda):
-            losses = hist.training_losses(model, hist.to_device(batch, o.device), levels, 0.5, o.cam_layer)[0]
+            losses = hist.training_losses(model, hist.to_device(batch, o.device), levels, 0.5, o.cam_layer, teacher)[0]
         optimizer.zero_grad()
         timed("backward", sum(losses.values()).backward)()
         timed("optimiser", optimizer.step)()
