@@ -74,7 +74,7 @@ class Options:
     save_every: int = option(200, "steps between checkpoints", 1)
     workers: int = option(-1, "processes that load images [scenes 0, else one a core, 8 at most]", 0)
     max_bad: float = option(0.2, "share of the images that may be unusable; above it the run stops", 0)
-    compile: bool = option(False, "torch.compile the ViT")
+    compile: bool = option(False, "torch.compile the ViT's layers")
     seed: int = option(0, "seed of weights, scenes, order and masks")
     device: str = option("auto", "auto, cpu, cuda or mps")
     resume: bool = option(False, "go on from the last checkpoint in --out, with its options")
@@ -144,19 +144,19 @@ def draw_scene(rng, side, wanted, unseen):
         mask[y:y + size, x:x + size] = alpha > 0.5
         masks.append(mask)
         objects.append({"colour": colour, "shape": shape, "x": x, "y": y, "size": size, "box": [x + x0, y + y0, x + x1, y + y1]})
-    alike = lambda o, what: sum(p[what] == o[what] for p in objects) > 1
     targets = [{"phrase": with_article(f"{o['colour']} {o['shape']}"), "boxes": [o["box"]], "mask": mask,
-                "tags": [tag for tag, so in (("shared_colour", alike(o, "colour")), ("shared_shape", alike(o, "shape")),
+                "tags": [tag for tag, so in (("shared_colour", shared(objects, o, "colour")), ("shared_shape", shared(objects, o, "shape")),
                                              ("unseen", (o["colour"], o["shape"]) in UNSEEN)) if so]} for o, mask in zip(objects, masks)]
     caption, said = describe(rng, objects, side)
     return {"image": image.clip(0, 255).astype(np.uint8).transpose(1, 2, 0), "captions": [caption], "said": said, "targets": targets,
             "questions": ask(rng, objects)}
 
 with_article = lambda noun: ("an " if noun[0] in "aeiou" else "a ") + noun
+shared = lambda objects, o, what: sum(p[what] == o[what] for p in objects) > 1      # whether another object has its colour, or its shape
 
 def describe(rng, objects, side):
     """A true caption that names one to four of the objects, and what it says: [(phrase, subject), ...]."""
-    order, alike = rng.sample(objects, len(objects)), lambda o, what: sum(p[what] == o[what] for p in objects) > 1
+    order, alike = rng.sample(objects, len(objects)), partial(shared, objects)
     names = lambda o: ("small " if o["size"] < 0.27 * side else "large " if o["size"] > 0.38 * side else "") * (rng.random() < 0.4) + f"{o['colour']} {o['shape']}"
     clause = [o for o in order[1:] or order if not alike(o, "shape") or not alike(o, "colour")][-1:] if rng.random() < 0.5 else []
     chosen = [o for o in order if o not in clause][:rng.randint(1 if clause else 2, 3)]
@@ -183,7 +183,7 @@ def describe(rng, objects, side):
 
 def ask(rng, objects):
     """Questions as [(kind, cloze, choices, answer), ...]; a statement without [MASK] asks whether it is true."""
-    once = lambda what: [o for o in objects if sum(p[what] == o[what] for p in objects) == 1]
+    once = lambda what: [o for o in objects if not shared(objects, o, what)]
     colours, shapes = list(COLOURS), list(SHAPES)
     there, o = {(p["colour"], p["shape"]) for p in objects}, rng.choice(objects)
     absent = [(c, s) for c in {p["colour"] for p in objects} for s in {p["shape"] for p in objects} if (c, s) not in there]
@@ -981,7 +981,7 @@ def train(name, levels, samples, o, steps):
         model, vocabulary, saved = restore(path if again else out / "base.pt", o)
         insist(vocabulary == samples.vocabulary, f"{path} was trained on other captions: --resume goes on with the same --data")
     if RANKS > 1 and cuda: model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if o.compile: model.vit.forward_features = torch.compile(model.vit.forward_features)   # the rest has new lengths, and second derivatives
+    if o.compile: model.vit.blocks.compile()                   # in place: a copy has its own; the rest has new lengths, and second derivatives
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr / (2 if base else 1), weight_decay=0.02, betas=(0.9, 0.98), fused=o.device != "mps")
     warmup, cosine = max(1, min(100, steps // 10)), lambda step: max(0.01, (1 + math.cos(math.pi * step / max(1, steps))) / 2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / warmup) * cosine(step))

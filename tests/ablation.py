@@ -1,7 +1,7 @@
 """python hist.py --ablate: every row of the ablation for several seeds, and its table."""
 import json
 import math
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ def ablation(o):
     """
     top, every = Path(o.out), []
     for seed in range(o.seed, o.seed + o.seeds):
-        now = hist.Options(**{**asdict(o), "seed": seed, "out": str(top / f"seed{seed}"), "resume": (top / f"seed{seed}" / "options.json").exists()})
+        now = replace(o, seed=seed, out=str(top / f"seed{seed}"), resume=(top / f"seed{seed}" / "options.json").exists())
         path = Path(now.out) / "results.json"
         done = json.loads(path.read_text()) if path.exists() else {}
         if set(ROWS) - set(done):

@@ -6,7 +6,7 @@ and rows are read off the baseline's and the full method's weights, with no new 
 import itertools
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -57,11 +57,11 @@ def main(seeds):
             model, _, _ = hist.restore(Path(o.out) / f"{name}.pt", o)
             for layer, which in itertools.product(range(o.fusion_layers), ("[CLS]", "words")):
                 with patch.object(hist, "grad_cam", rows_of(which)):
-                    measure(f"{name}: layer {layer}, rows of {which}", model, hist.Options(**{**asdict(o), "cam_layer": layer}))
+                    measure(f"{name}: layer {layer}, rows of {which}", model, replace(o, cam_layer=layer))
 
         read_off("base")
         for number, (name, (changes, patches)) in enumerate(VARIANTS.items()):
-            now = hist.Options(**{**asdict(o), **changes})
+            now = replace(o, **changes)
             with ExitStack() as stack:
                 for what, by in patches.items():
                     stack.enter_context(patch.object(hist, what, by))

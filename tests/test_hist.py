@@ -1,4 +1,5 @@
 """The model, Grad-CAM, the losses and the measures, against finite differences, hand-computed cases and properties."""
+import functools
 import math
 import random
 
@@ -262,6 +263,26 @@ def test_the_parts_of_a_composite_come_from_the_teacher_and_do_not_teach_it():
         assert losses["composition"].item() == pytest.approx(expected[name], abs=1e-4)
     losses["composition"].backward()
     assert all(p.grad is None for p in teacher.parameters()) and any(p.grad is not None and p.grad.any() for p in model.vit.parameters())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_teacher_stays_as_it_was_while_the_model_trains(tmp_path, monkeypatch, compiled):
+    """Also where the ViT is compiled: its copy must not run the model's own."""
+    o = options(out=str(tmp_path), device="cpu", batch_size=4, base_steps=0, steps=4, composition_start=0, compile=compiled, lr=1e-2)
+    image, seen, losses = torch.full((1, 3, o.image_size, o.image_size), 90, dtype=torch.uint8), {"model": [], "teacher": []}, hist.training_losses
+
+    def watched(model, *rest):
+        with torch.no_grad():
+            for name, m in (("model", model), ("teacher", rest[-1])):
+                if m is not None:
+                    seen[name].append(m.eval().encode_image(image)[1][0].clone())
+        return losses(model.train(), *rest)
+    monkeypatch.setattr(hist, "training_losses", watched)
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    scenes = hist.Scenes(100, o, "teacher", True)
+    hist.train("hist", hist.LEVELS, hist.Samples(scenes, hist.build_vocabulary((scenes[i]["captions"][0] for i in range(50)), 100), o), o, o.steps)
+    assert len(seen["teacher"]) == 3 and all(torch.equal(seen["teacher"][0], features) for features in seen["teacher"])
+    assert not torch.allclose(seen["model"][1], seen["model"][-1], atol=1e-3)
 
 
 def test_a_token_of_the_scenes_stem_is_centred_on_its_patch():
