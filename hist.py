@@ -1182,6 +1182,7 @@ def main(argv=None):
         if o.device == "cuda": torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if RANKS > 1: torch.distributed.init_process_group("nccl" if o.device == "cuda" else "gloo")
         ground(o) if o.ground else beside("bench", o) if o.bench else beside("ablation", o) if o.ablate else run(o)
+        if RANKS > 1: torch.distributed.destroy_process_group()        # or a thread of it may outlive the interpreter, and abort
     except KeyboardInterrupt:
         begun = o and (Path(o.out) / "options.json").exists()
         again = sys.argv[1:] if o and o.ablate else ["--resume", "--out", o.out, "--device", o.device] if begun else []
