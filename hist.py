@@ -54,6 +54,7 @@ class Options:
     download: bool = option(False, "fetch COCO 2017 into --root first (20 GB, checked)")
     out: str = option("", "folder for all that a run writes [out/NAME]")
     parses: str = option("", "file of parses to train on in place of the rules' (python parse.py --llm)")
+    base: str = option("albef", "what is trained: albef, or blip (one text stack, causal LM in place of MLM)")
     levels: str = option(",".join(LEVELS), "levels of the HIST training; 'caption' trains the baseline alone")
     base_steps: int = option(-1, "caption-only steps first, from which every training then goes on [scenes 800, else 0]", 0)
     steps: int = option(0, "optimiser steps of each training [scenes 400, else 10 epochs]", 0)
@@ -82,6 +83,8 @@ class Options:
     seeds: int = option(5, "seeds of --ablate, from --seed on", 1)
     eval_only: bool = option(False, "evaluate the checkpoints in --out, no training")
     bench: bool = option(False, "time a step, part by part, as levels are added; and the loader alone")
+    caption: str = option("", "say what the last model trained with --base blip sees in this picture")
+    top_p: float = option(0.0, "draw the words of --caption from the likeliest of this probability together (nucleus) [0: the likeliest]", 0)
     ground: list = option(None, "draw where the last trained model looks: PICTURE PHRASE [PHRASE ...]")
 
 SCENES = dict(base_steps=800, steps=400, batch_size=64, lr=2e-3, vit="scenes", image_size=48, width=64, text_layers=1, fusion_layers=2, workers=0)
@@ -496,25 +499,27 @@ class Attention(nn.Module):
         return self.key_value(source).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def forward(self, x, keys_values, mask=None):
-        """x (B, L, width) looks at (2, B, heads, N, d), where mask (B, N) is True: returns (B, L, width), A (B, heads, L, N)."""
+        """x (B, L, width) looks at (2, B, heads, N, d), where mask (B, 1 or L, N) is True: returns (B, L, width), A (B, heads, L, N)."""
         q, (keys, values) = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2), keys_values     # (B, heads, L, d)
         scores = q @ keys.transpose(-2, -1) / math.sqrt(q.shape[-1])                       # (B, heads, L, N)
-        if mask is not None: scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
+        if mask is not None: scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
         A = scores.softmax(-1)
         return self.out((A @ values).transpose(1, 2).flatten(2)), A
 
 class Layer(nn.Module):
-    """A transformer layer, norms first; given an image width, one that also looks at the image."""
-    def __init__(self, width, image_width=None):
+    """A transformer layer, norms first; given an image width, one that also looks at the image; causal, one that can also decode (BLIP):
+    then a word sees those before it only, by a self-attention of its own, and all else is shared."""
+    def __init__(self, width, image_width=None, causal=False):
         super().__init__()
         heads = max(4, width // 64)
         self.norm, self.attention = nn.LayerNorm(width), Attention(width, heads)
         if image_width: self.cross_norm, self.cross_attention = nn.LayerNorm(width), Attention(width, heads, image_width)
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        if causal: self.causal_attention = Attention(width, heads)
 
-    def forward(self, x, mask, image=None):
-        A, normed = None, self.norm(x)
-        x = x + self.attention(normed, self.attention.keys_values(normed), mask)[0]
+    def forward(self, x, mask, image=None, causal=False):
+        A, normed, mask, attention = None, self.norm(x), mask[:, None], self.causal_attention if causal else self.attention
+        x = x + attention(normed, attention.keys_values(normed), mask.expand(-1, x.shape[1], -1).tril() if causal else mask)[0]
         if image is not None:
             seen, A = self.cross_attention(self.cross_norm(x), image)
             x = x + seen
@@ -533,9 +538,14 @@ def scenes_vit(o):
                              num_heads=4, num_classes=0, class_token=False, global_pool="max")
 
 class HIST(nn.Module):
-    """A small ALBEF: image tokens, text tokens, fusion layers in which text looks at the image, and heads for ITC, ITM and MLM."""
+    """A small ALBEF: image tokens, text tokens, fusion layers in which text looks at the image, and heads for ITC, ITM and MLM.
+
+    Or a small BLIP (arXiv 2201.12086): its only text layers are the fusion layers, without their cross-attention for ITC, with it
+    for ITM, and with causal self-attention for LM. Simplified: one [CLS] begins all three, and ends a caption.
+    """
     def __init__(self, o, vocabulary):
         super().__init__()
+        self.blip = o.base == "blip"
         with blaming(f"--vit {o.vit} --image-size {o.image_size}{' --pretrained (fetched once, by way of the network)' * o.pretrained}"):
             self.vit = scenes_vit(o) if o.vit == "scenes" else timm.create_model(o.vit, pretrained=o.pretrained, num_classes=0, img_size=o.image_size)
             insist(all(hasattr(self.vit, part) for part in ("patch_embed", "blocks", "num_prefix_tokens")), "no ViT; see timm.list_models('vit*')")
@@ -548,7 +558,7 @@ class HIST(nn.Module):
         self.words = nn.Embedding(len(vocabulary), o.width)
         self.places = nn.Parameter(0.02 * torch.randn(MAX_TOKENS, o.width))
         self.text = nn.ModuleList(Layer(o.width) for _ in range(o.text_layers))
-        self.fusion = nn.ModuleList(Layer(o.width, D) for _ in range(o.fusion_layers))
+        self.fusion = nn.ModuleList(Layer(o.width, D, self.blip) for _ in range(o.fusion_layers))
         self.norm = nn.LayerNorm(o.width)
         self.image_projection, self.text_projection = nn.Linear(D, 256), nn.Linear(o.width, 256)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.07)))
@@ -558,22 +568,27 @@ class HIST(nn.Module):
         self.word_head[-1].weight = self.words.weight
 
     def encode_image(self, images):
-        """images (B, 3, side, side) uint8 -> ITC features (B, 256), and keys and values for each fusion layer [(2, B, heads, N, d), …]."""
+        """images (B, 3, side, side) uint8 -> ITC features (B, 256), keys and values for each fusion layer, image tokens V (B, N, D)."""
         V = self.vit.forward_features((images / self.scale - self.shift).float())          # (B, N, D), [CLS] first if there is one
         pooled = self.vit.forward_head(V, pre_logits=True)                                 # (B, D): [CLS], mean or max, as this ViT pools
-        return F.normalize(self.image_projection(pooled).float(), dim=-1), [f.cross_attention.keys_values(V) for f in self.fusion]
+        return F.normalize(self.image_projection(pooled).float(), dim=-1), self.keys_values(V), V
+
+    def keys_values(self, V):
+        """Image tokens V (B, N, D) -> keys and values for each fusion layer [(2, B, heads, N, d), …]."""
+        return [f.cross_attention.keys_values(V) for f in self.fusion]
 
     def encode_text(self, ids):
-        """ids (n, L) -> token states (n, L, width), mask (n, L), ITC features (n, 256)."""
-        mask, T = ids != PAD, self.words(ids) + self.places[:ids.shape[1]]
-        for layer in self.text: T, _ = layer(T, mask)
-        return T, mask, F.normalize(self.text_projection(T[:, 0]).float(), dim=-1)
+        """ids (n, L) -> token states to fuse (n, L, width), BLIP's before any layer; mask (n, L); ITC features (n, 256)."""
+        mask, words = ids != PAD, self.words(ids) + self.places[:ids.shape[1]]
+        T = words
+        for layer in self.fusion if self.blip else self.text: T, _ = layer(T, mask)
+        return words if self.blip else T, mask, F.normalize(self.text_projection(T[:, 0]).float(), dim=-1)
 
-    def fuse(self, T, mask, image, rows):
+    def fuse(self, T, mask, image, rows, causal=False):
         """Texts (n, L, width) with the images of these rows (n,) -> states (n, L, width), cross-attentions [(n, heads, L, N), …]."""
         maps = []
         for layer, keys_values in zip(self.fusion, image):
-            T, A = layer(T, mask, keys_values.index_select(1, rows))
+            T, A = layer(T, mask, keys_values.index_select(1, rows), causal)
             maps.append(A)
         return self.norm(T), maps
 
@@ -655,8 +670,13 @@ def itm_loss(logits, labels, weight):
     return (F.cross_entropy(logits, labels, reduction="none") * weight).sum() / weight.sum().clamp(min=1)
 
 def mlm_loss(logits, labels):
-    """Masked language modelling: cross-entropy of word logits (n, L, words) where labels (n, L) are not -100; 0 where none is."""
+    """Language modelling: cross-entropy of word logits (n, L, words) where labels (n, L), the masked words or the next, are not -100; 0 where none is."""
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum") / (labels != -100).sum().clamp(min=1)
+
+def next_words(ids):
+    """Labels of causal LM for texts (n, L): at each place the next word; at the last the end, [CLS] again (id 1); at padding (id 0) -100."""
+    following = F.pad(ids[:, 1:], (0, 1))
+    return following.masked_fill(following == 0, 1).masked_fill(ids == 0, -100)
 
 def composition_loss(part1, part2, whole, weight=None, eps=1e-12):
     """The map of "p1 and p2" should be the sum of the maps of p1 and p2: || n(M12) - n(n(M1) + n(M2)) ||_1, n(M) = M / sum M.
@@ -676,7 +696,7 @@ def training_losses(model, batch, levels, hardness, cam_layer, teacher=None):
     Each rank encodes its own images, and gathers those of all; fuses its own images' texts, and their negatives from anywhere.
     """
     losses, figures = {}, {}
-    own_features, own_image = model.encode_image(batch["image"])
+    own_features, own_image, V = model.encode_image(batch["image"])
     image_features, image = gather(own_features), [gather(keys_values, 1) for keys_values in own_image]
     good = gather(batch.get("good", torch.ones_like(own_features[:, 0], dtype=torch.bool)))
     temperature, device = model.log_temperature.exp().clamp(0.01, 1), good.device
@@ -698,9 +718,10 @@ def training_losses(model, batch, levels, hardness, cam_layer, teacher=None):
         labels = (torch.arange(len(texts), device=device) < len(texts) // 3).long()
         losses[f"{level}_itm"] = share(itm_loss(logits, labels, weight[:, own].flatten()), weight[:, own].sum(), weight.sum())
         if level != "subject":                                               # a subject is one word: nothing would be left to guess it from
-            states, _ = model.fuse(*model.encode_text(text["masked"][own])[:2], image, rows[own])
-            labels = text["labels"].masked_fill(~good[rows, None], -100)
-            losses[f"{level}_mlm"] = share(mlm_loss(model.word_head(states), labels[own]), (labels[own] != -100).sum(), (labels != -100).sum())
+            read = (T[own], mask[own]) if model.blip else model.encode_text(text["masked"][own])[:2]
+            states, _ = model.fuse(*read, image, rows[own], causal=model.blip)
+            labels = (next_words(text["ids"]) if model.blip else text["labels"]).masked_fill(~good[rows, None], -100)
+            losses[f"{level}_{'lm' if model.blip else 'mlm'}"] = share(mlm_loss(model.word_head(states), labels[own]), (labels[own] != -100).sum(), (labels != -100).sum())
     if "composition" in levels and "composition" in batch:
         own, ids = batch["composition"]["own"], batch["composition"]["ids"]
         rows, ids = batch["composition"]["rows"][own], ids.view(3, -1, ids.shape[1])[:, own].flatten(0, 1)
@@ -708,7 +729,7 @@ def training_losses(model, batch, levels, hardness, cam_layer, teacher=None):
             image, n = [keys_values.float() for keys_values in image], len(rows)
             T, mask, _ = model.encode_text(ids)
             with torch.no_grad():                              # without a teacher the parts' maps flatten along with the composite's
-                seen, said = (image, T) if teacher is None else ([gather(kv, 1) for kv in teacher.encode_image(batch["image"])[1]], teacher.encode_text(ids)[0])
+                seen, said = (image, T) if teacher is None else ([gather(kv, 1) for kv in teacher.keys_values(V.float())], teacher.encode_text(ids)[0])
             parts, found = locate(teacher or model, said[:2 * n].detach(), mask[:2 * n], [kv.detach() for kv in seen], rows.repeat(2), cam_layer)
             whole, _ = locate(model, T[2 * n:], mask[2 * n:], image, rows, cam_layer, create_graph=True)
             weight = found[:n] * found[n:] * good[rows]
@@ -754,21 +775,39 @@ def truth(record, side):
 def maps_of(model, vocabulary, images, texts, rows, o):
     """Maps at pixel size (n, side, side), bicubic, of n texts over the images (B, 3, side, side) of these rows; match probabilities (n,)."""
     model.eval()
-    _, image = model.encode_image(images)
+    image = model.encode_image(images)[1]
     T, mask, _ = model.encode_text(pad([encode(vocabulary, t) for t in texts]).to(images.device))
     maps, match = locate(model, T, mask, image, torch.tensor(rows, device=images.device), o.cam_layer)
     big = F.interpolate(maps.detach()[:, None].float(), size=images.shape[2:], mode="bicubic")[:, 0]
     return big.clamp(min=0).cpu().numpy(), match.tolist()
 
 def answer(model, vocabulary, images, questions):
-    """Answers to questions [(row, kind, cloze, choices, answer), ...] about images (B, 3, side, side): the choice that the language
-    head thinks likeliest at [MASK]; without [MASK], the last choice where text and image match, else the first."""
-    ids = pad([encode(vocabulary, cloze) for _, _, cloze, _, _ in questions]).to(images.device)
-    states, _ = model.fuse(*model.encode_text(ids)[:2], model.encode_image(images)[1], torch.tensor([q[0] for q in questions], device=images.device))
-    match, words = model.match_head(states[:, 0]).argmax(-1), model.word_head(states)
-    hidden = [(row == MASK).nonzero()[:1, 0] for row in ids]
-    return [choices[-int(match[i])] if not len(hidden[i]) and match[i] else choices[0] if not len(hidden[i]) else
-            choices[int(words[i, hidden[i][0]][[vocabulary.get(c, UNK) for c in choices]].argmax())] for i, (*_, choices, _) in enumerate(questions)]
+    """Answers to questions [(row, kind, cloze, choices, answer), ...] about images (B, 3, side, side): the choice that the language head thinks likeliest
+    at [MASK], or with which BLIP finds the sentence likeliest; without [MASK], of two choices the second where text and image match."""
+    image, answers = model.encode_image(images)[1], []
+    for row, _, cloze, choices, _ in questions:
+        lm = model.blip and "[MASK]" in cloze
+        ids = pad([encode(vocabulary, cloze.replace("[MASK]", c)) for c in choices] if lm else [encode(vocabulary, cloze)]).to(images.device)
+        states, _ = model.fuse(*model.encode_text(ids)[:2], image, torch.full_like(ids[:, 0], row), causal=lm)
+        if lm: score = -F.cross_entropy(model.word_head(states).transpose(1, 2), next_words(ids), reduction="none", ignore_index=-100).sum(1)
+        elif MASK in ids: score = model.word_head(states[ids == MASK][0])[[vocabulary.get(c, UNK) for c in choices]]
+        else: score = model.match_head(states[0, 0])
+        answers.append(choices[int(score.argmax())])
+    return answers
+
+@torch.no_grad()
+def generate(model, vocabulary, image, top_p=0):
+    """A caption of an image (3, side, side), word by word: the likeliest, or one drawn from the likeliest whose probability is top_p together."""
+    ids, words = torch.tensor([[CLS]], device=image.device), list(vocabulary)
+    model.eval()
+    keys_values = model.encode_image(image[None])[1]
+    while ids.shape[1] < MAX_TOKENS and (ids.shape[1] == 1 or ids[0, -1] != CLS):
+        states, _ = model.fuse(*model.encode_text(ids)[:2], keys_values, torch.zeros_like(ids[:, 0]), causal=True)
+        logits = model.word_head(states[0, -1]).index_fill(0, torch.tensor([PAD, MASK, UNK], device=image.device), -torch.inf)
+        probability, order = logits.softmax(-1).sort(descending=True)
+        probability[1:][probability.cumsum(0)[:-1] >= top_p] = 0           # nucleus sampling (arXiv 1904.09751)
+        ids = torch.cat([ids, order[torch.multinomial(probability, 1)][None]], 1)
+    return " ".join(words[i] for i in ids[0].tolist() if i != CLS)
 
 def rerank(model, images, T, mask, similarity, k=16):
     """ITM probabilities of each image (N of them, a callable gives a slice) with its k captions that ITC likes best, and of each
@@ -777,34 +816,11 @@ def rerank(model, images, T, mask, similarity, k=16):
     best = [torch.zeros_like(similarity, dtype=torch.bool).scatter_(d, similarity.topk(min(k, (M, N)[1 - d]), dim=d).indices, True) for d in (1, 0)]
     score = torch.full_like(similarity, -torch.inf)
     for start in range(0, N, 32):
-        _, image = model.encode_image(images(start, start + 32))
+        image = model.encode_image(images(start, start + 32))[1]
         for pairs in (best[0] | best[1])[start:start + 32].nonzero().split(512):
             logits, _ = model.match(T[pairs[:, 1]], mask[pairs[:, 1]], image, pairs[:, 0])
             score[start + pairs[:, 0], pairs[:, 1]] = logits.softmax(-1)[:, 1]
     return [score.masked_fill(~chosen, -torch.inf) for chosen in best]
-
-def occlusion_agreement(model, vocabulary, image, phrase, o):
-    """Rank correlation (Spearman) of the Grad-CAM map of a phrase with the drop of its match logit when each patch is greyed; nan where one is flat."""
-    (height, width), device = model.grid, next(model.parameters()).device
-    pixels = read_image(image, o.image_size).to(device)
-    rows, columns = (torch.arange(o.image_size, device=device) * n // o.image_size for n in (height, width))
-    patch = rows[:, None] * width + columns                                                # (side, side): the patch of each pixel
-    hidden = patch == torch.arange(height * width, device=device)[:, None, None]         # (patches, side, side)
-    grey = pixels.flatten(1).float().mean(1).to(pixels.dtype)[:, None, None]
-    images = torch.cat([pixels[None], torch.where(hidden[:, None], grey, pixels)])         # the image whole, then without each patch
-    _, kv = model.encode_image(images)
-    T, mask, _ = model.encode_text(pad([encode(vocabulary, phrase)]).to(device))
-    score = model.match(T.expand(len(images), -1, -1), mask.expand(len(images), -1), kv, torch.arange(len(images), device=device))[0][:, 1]
-    heat, _ = locate(model, T, mask, [x[:, :1] for x in kv], torch.zeros(1, dtype=torch.long, device=device), o.cam_layer)
-    ranks = torch.stack([heat.detach().flatten(), score[0] - score[1:]]).argsort(1).argsort(1).float()
-    return float(torch.corrcoef(ranks)[0, 1])
-
-def subjects_found(records):
-    """(precision, recall, F1) of the parser's (phrase, subject) pairs against what the captions of these scenes say by construction."""
-    found, said = ([Counter((i, *pair) for i, r in enumerate(records) for pair in pairs(r))
-                    for pairs in (lambda r: phrases_of(r["captions"][0]), lambda r: r["said"])])
-    precision, recall = ((found & said).total() / max(1, c.total()) for c in (found, said))
-    return precision, recall, 2 * precision * recall / max(1e-12, precision + recall)
 
 @torch.no_grad()
 def evaluate(model, vocabulary, records, o):
@@ -852,8 +868,6 @@ def evaluate(model, vocabulary, records, o):
         result[f"r1_image_to_text{name}_chance"] = result[f"r1_text_to_image{name}_chance"] = 1 / len(records)
     kinds = [k for k in counts if k.startswith("vqa_")]
     result |= {f"vqa{name}": np.mean([result[f"{kind}{name}"] for kind in kinds]) for name in ("", "_chance") if kinds}
-    agreement = [occlusion_agreement(model, vocabulary, r["image"], t["phrase"], o) for r in records[:32] for t in r["targets"][:2]]
-    result |= {"occlusion": np.nanmean(agreement), "occlusion_chance": 0} if agreement else {}
     return {k: round(float(v), 5) for k, v in result.items()}, pairs
 
 # ------------------------------------------------------------------------------------------------------- pictures
@@ -976,10 +990,10 @@ def train(name, levels, samples, o, steps):
     path, metrics, base = out / f"{name}.pt", out / "metrics.jsonl", o.base_steps and name != "base"
     first, start, seconds, again = o.base_steps if base else 0, 0, 0.0, o.resume and path.exists()
     torch.manual_seed(o.seed)
-    model = HIST(o, samples.vocabulary).to(o.device)
     if again or base:
         model, vocabulary, saved = restore(path if again else out / "base.pt", o)
         insist(vocabulary == samples.vocabulary, f"{path} was trained on other captions: --resume goes on with the same --data")
+    else: model = HIST(o, samples.vocabulary).to(o.device)
     if RANKS > 1 and cuda: model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if o.compile: model.vit.blocks.compile()                   # in place: a copy has its own; the rest has new lengths, and second derivatives
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr / (2 if base else 1), weight_decay=0.02, betas=(0.9, 0.98), fused=o.device != "mps")
@@ -1079,16 +1093,17 @@ def command_line(argv=None):
 def settle(given):
     """Options from what was typed, then of the run that it goes on from, if any, then what suits the data."""
     o = Options(**given)
-    o.out = o.out or ("out/ablation" if o.ablate else f"out/{Path(o.data).stem}")
-    if o.resume or o.eval_only or o.ground:
-        where, pattern = ("out", "*/*.pt") if o.ground and not {"out", "data"} & set(given) else (o.out, "*.pt")
+    o.out = o.out or ("out/ablation" if o.ablate else f"out/{Path(o.data).stem}") + "-blip" * (o.base == "blip")
+    if o.resume or o.eval_only or o.ground or o.caption:
+        where, pattern = ("out", "*/*.pt") if (o.ground or o.caption) and not {"out", "data", "base"} & set(given) else (o.out, "*.pt")
         found = sorted(Path(where).glob(pattern), key=lambda path: path.stat().st_mtime)
         folder = found[-1].parent if found else Path(o.out)    # killed before its first checkpoint, a run begins again
         insist((folder / "options.json").exists() and (found or o.resume), f"no checkpoint of hist.py in {where}: train first, or say --out FOLDER")
-        once = dict(resume=False, eval_only=False, ablate=False, bench=False, ground=None, download=False, device="auto")
+        once = dict(resume=False, eval_only=False, ablate=False, bench=False, ground=None, caption="", download=False, device="auto")
         o = Options(**{**json.loads((folder / "options.json").read_text()), **once, **given, "out": str(folder)})
     for name, value in (SCENES if o.data == "scenes" else PHOTOS).items():
         if getattr(o, name) == getattr(Options, name): setattr(o, name, value)
+    if o.base == "blip": o.text_layers, o.fusion_layers = 0, o.text_layers + o.fusion_layers       # its text layers are all fusion layers
     if o.cam_layer == -1: o.cam_layer = o.fusion_layers - 1 if o.data == "scenes" else (o.fusion_layers - 1) // 2   # ALBEF: the third of six
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     o.device = next(d for d in here if here[d]) if o.device == "auto" else o.device
@@ -1097,6 +1112,7 @@ def settle(given):
         insist(least is None or value >= least, f"--{f.name.replace('_', '-')} {value}: at least {least}, please")
     insist(o.width % max(4, o.width // 64) == 0, f"--width {o.width}: take a multiple of 64, so that its heads are of one size")
     insist(0 <= o.cam_layer < o.fusion_layers, f"--cam-layer {o.cam_layer}: there are {o.fusion_layers} fusion layers, 0 the first")
+    insist(o.base in ("albef", "blip"), f"--base {o.base}: albef or blip")
     insist(set(o.levels.split(",")) <= set(LEVELS), f"--levels {o.levels}: the levels are {','.join(LEVELS)}")
     insist(not o.parses or o.data != "scenes", "--parses: scenes are drawn without end and parsed as they come; say --data coco or --data FILE.jsonl")
     insist(not o.pretrained or o.vit != "scenes", "--pretrained: the model of the scenes has no pretrained weights; say --vit NAME")
@@ -1105,18 +1121,29 @@ def settle(given):
     insist(here.get(o.device), f"--device {o.device}: auto, or what this machine has: {', '.join(d for d in here if here[d])}")
     return o
 
+def last_model(o, picture):
+    """(name, model, vocabulary) of the last trained model, to look at a person's own picture."""
+    insist(Path(picture).is_file(), f"there is no picture {picture}")
+    path = Path(o.out) / ("hist.pt" if (Path(o.out) / "hist.pt").exists() else "baseline.pt")
+    return path.stem, *restore(path, o)[:2]
+
 def ground(o):
     """--ground PICTURE PHRASE …: where the last trained model looks, over a person's own picture."""
     picture, *phrases = o.ground
     insist(phrases, '--ground PICTURE "a red circle" "a blue star": say at least one phrase')
-    insist(Path(picture).is_file(), f"--ground: there is no picture {picture}")
-    path = Path(o.out) / ("hist.pt" if (Path(o.out) / "hist.pt").exists() else "baseline.pt")
-    model, vocabulary, _ = restore(path, o)
+    name, model, vocabulary = last_model(o, picture)
     new = sorted({w for p in phrases for w in split_words(p)} - set(vocabulary))
     if new: print(f"not in the vocabulary, read as [UNK]: {', '.join(new)}", file=sys.stderr)
     record = {"image": load_pixels(picture, upright=True), "captions": [Path(picture).name], "targets": [], "phrases": phrases}
-    draw_grounding({path.stem: model}, vocabulary, [record], o, path.with_name("ground.png"))
-    print(path.with_name("ground.png"))
+    draw_grounding({name: model}, vocabulary, [record], o, Path(o.out) / "ground.png")
+    print(Path(o.out) / "ground.png")
+
+def say(o):
+    """--caption PICTURE: what the last BLIP says of a person's own picture."""
+    _, model, vocabulary = last_model(o, o.caption)
+    insist(model.blip, f"--caption: the model in {o.out} is no BLIP, and has no decoder; train one with --base blip")
+    torch.manual_seed(o.seed)
+    print(generate(model, vocabulary, read_image(load_pixels(o.caption, upright=True), o.image_size).to(o.device), o.top_p))
 
 def prepare(o):
     """(samples to train on, held-out records) of a run, its folder made and its options settled."""
@@ -1156,8 +1183,6 @@ def run(o):
     print(f"\n{o.data}: {len(held_out)} held-out images, {o.base_steps} steps with captions alone, then {o.steps}, of {o.batch_size} images, "
           f"seed {o.seed}, {o.device}, at most {peak_memory(o):.1f} GiB of memory; percent but for seconds\n\n{table(results)}\n")
     if not any(r["targets"] for r in held_out): print("these records have no targets: there is nothing to point at, retrieval alone is measured")
-    if o.data == "scenes":
-        print("subjects that the parser finds in these captions: precision {:.3f}, recall {:.3f}, F1 {:.3f}".format(*subjects_found(held_out)))
     draw_curves(out / "metrics.jsonl", out / "curves.png")
     draw_grounding(models, vocabulary, held_out, o, out / "grounding.png")
     if any(pairs.values()):
@@ -1181,7 +1206,7 @@ def main(argv=None):
         o = settle(command_line(argv))
         if o.device == "cuda": torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if RANKS > 1: torch.distributed.init_process_group("nccl" if o.device == "cuda" else "gloo")
-        ground(o) if o.ground else beside("bench", o) if o.bench else beside("ablation", o) if o.ablate else run(o)
+        ground(o) if o.ground else say(o) if o.caption else beside("bench", o) if o.bench else beside("ablation", o) if o.ablate else run(o)
         if RANKS > 1: torch.distributed.destroy_process_group()        # or a thread of it may outlive the interpreter, and abort
     except KeyboardInterrupt:
         begun = o and (Path(o.out) / "options.json").exists()
