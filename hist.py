@@ -22,8 +22,6 @@ from pathlib import Path
 import numpy as np, timm, timm.data, torch, torch.distributed, torch.nn as nn, torch.nn.functional as F
 from matplotlib.figure import Figure                     # no pyplot: it would choose a backend for whoever imports this file
 from PIL import Image, ImageDraw, ImageOps
-from timm.layers import HybridEmbed
-from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2.functional import resize
@@ -534,7 +532,7 @@ def scenes_vit(o):
     conv = lambda i, o, kernel, stride: (nn.Conv2d(i, o, kernel, stride, (kernel - stride) // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU())
     w = o.width
     stem = nn.Sequential(*conv(3, w // 2, 6, 2), *conv(w // 2, w, 5, 3), *conv(w, w, 3, 1), *conv(w, w, 3, 1))
-    return VisionTransformer(img_size=o.image_size, patch_size=1, embed_layer=partial(HybridEmbed, backbone=stem), embed_dim=w, depth=1,
+    return timm.models.VisionTransformer(img_size=o.image_size, patch_size=1, embed_layer=partial(timm.layers.HybridEmbed, backbone=stem), embed_dim=w, depth=1,
                              num_heads=4, num_classes=0, class_token=False, global_pool="max")
 
 class HIST(nn.Module):
@@ -579,8 +577,7 @@ class HIST(nn.Module):
 
     def encode_text(self, ids):
         """ids (n, L) -> token states to fuse (n, L, width), BLIP's before any layer; mask (n, L); ITC features (n, 256)."""
-        mask, words = ids != PAD, self.words(ids) + self.places[:ids.shape[1]]
-        T = words
+        mask, T = ids != PAD, (words := self.words(ids) + self.places[:ids.shape[1]])
         for layer in self.fusion if self.blip else self.text: T, _ = layer(T, mask)
         return words if self.blip else T, mask, F.normalize(self.text_projection(T[:, 0]).float(), dim=-1)
 
@@ -743,7 +740,7 @@ def training_losses(model, batch, levels, hardness, cam_layer, teacher=None):
 # ------------------------------------------------------------------------------------------------------- measures
 def pointing_game(heat, region):
     """Whether the highest point of a map (height, width) lies in a region (height, width) of truth (Zhang et al., arXiv 1608.00507)."""
-    return bool(region.flat[heat.argmax()])
+    return bool(region.reshape(-1)[heat.argmax()])
 
 def multi_object_iou(heat, union, thresholds=np.linspace(0.05, 0.95, 19)):
     """IoU of a map (height, width), cut at fractions of its maximum, with the union of the targets' masks: (thresholds,)."""
@@ -1095,10 +1092,11 @@ def settle(given):
     o = Options(**given)
     o.out = o.out or ("out/ablation" if o.ablate else f"out/{Path(o.data).stem}") + "-blip" * (o.base == "blip")
     if o.resume or o.eval_only or o.ground or o.caption:
-        where, pattern = ("out", "*/*.pt") if (o.ground or o.caption) and not {"out", "data", "base"} & set(given) else (o.out, "*.pt")
+        any_run = (o.ground or o.caption) and not {"out", "data", "base"} & set(given)
+        where, pattern = ("out", "*-blip/*.pt" if o.caption else "*/*.pt") if any_run else (o.out, "*.pt")
         found = sorted(Path(where).glob(pattern), key=lambda path: path.stat().st_mtime)
         folder = found[-1].parent if found else Path(o.out)    # killed before its first checkpoint, a run begins again
-        insist((folder / "options.json").exists() and (found or o.resume), f"no checkpoint of hist.py in {where}: train first, or say --out FOLDER")
+        insist((folder / "options.json").exists() and (found or o.resume), f"no checkpoint of hist.py in {where}: train first{' with --base blip' * bool(o.caption)}, or say --out FOLDER")
         once = dict(resume=False, eval_only=False, ablate=False, bench=False, ground=None, caption="", download=False, device="auto")
         o = Options(**{**json.loads((folder / "options.json").read_text()), **once, **given, "out": str(folder)})
     for name, value in (SCENES if o.data == "scenes" else PHOTOS).items():
@@ -1121,29 +1119,22 @@ def settle(given):
     insist(here.get(o.device), f"--device {o.device}: auto, or what this machine has: {', '.join(d for d in here if here[d])}")
     return o
 
-def last_model(o, picture):
-    """(name, model, vocabulary) of the last trained model, to look at a person's own picture."""
+def look(o):
+    """--ground PICTURE PHRASE … and --caption PICTURE: where the last trained model looks in a person's own picture, or what it says of it."""
+    picture, *phrases = o.ground or [o.caption]
+    insist(phrases or o.caption, '--ground PICTURE "a red circle" "a blue star": say at least one phrase')
     insist(Path(picture).is_file(), f"there is no picture {picture}")
-    path = Path(o.out) / ("hist.pt" if (Path(o.out) / "hist.pt").exists() else "baseline.pt")
-    return path.stem, *restore(path, o)[:2]
-
-def ground(o):
-    """--ground PICTURE PHRASE …: where the last trained model looks, over a person's own picture."""
-    picture, *phrases = o.ground
-    insist(phrases, '--ground PICTURE "a red circle" "a blue star": say at least one phrase')
-    name, model, vocabulary = last_model(o, picture)
+    path, pixels = Path(o.out) / ("hist.pt" if (Path(o.out) / "hist.pt").exists() else "baseline.pt"), load_pixels(picture, upright=True)
+    model, vocabulary, _ = restore(path, o)
+    if o.caption:
+        insist(model.blip, f"--caption: the model in {o.out} has no decoder; train one with --base blip")
+        torch.manual_seed(o.seed)
+        return print(generate(model, vocabulary, read_image(pixels, o.image_size).to(o.device), o.top_p))
     new = sorted({w for p in phrases for w in split_words(p)} - set(vocabulary))
     if new: print(f"not in the vocabulary, read as [UNK]: {', '.join(new)}", file=sys.stderr)
-    record = {"image": load_pixels(picture, upright=True), "captions": [Path(picture).name], "targets": [], "phrases": phrases}
-    draw_grounding({name: model}, vocabulary, [record], o, Path(o.out) / "ground.png")
-    print(Path(o.out) / "ground.png")
-
-def say(o):
-    """--caption PICTURE: what the last BLIP says of a person's own picture."""
-    _, model, vocabulary = last_model(o, o.caption)
-    insist(model.blip, f"--caption: the model in {o.out} is no BLIP, and has no decoder; train one with --base blip")
-    torch.manual_seed(o.seed)
-    print(generate(model, vocabulary, read_image(load_pixels(o.caption, upright=True), o.image_size).to(o.device), o.top_p))
+    record = {"image": pixels, "captions": [Path(picture).name], "targets": [], "phrases": phrases}
+    draw_grounding({path.stem: model}, vocabulary, [record], o, path.with_name("ground.png"))
+    print(path.with_name("ground.png"))
 
 def prepare(o):
     """(samples to train on, held-out records) of a run, its folder made and its options settled."""
@@ -1206,7 +1197,7 @@ def main(argv=None):
         o = settle(command_line(argv))
         if o.device == "cuda": torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if RANKS > 1: torch.distributed.init_process_group("nccl" if o.device == "cuda" else "gloo")
-        ground(o) if o.ground else say(o) if o.caption else beside("bench", o) if o.bench else beside("ablation", o) if o.ablate else run(o)
+        look(o) if o.ground or o.caption else beside("bench", o) if o.bench else beside("ablation", o) if o.ablate else run(o)
         if RANKS > 1: torch.distributed.destroy_process_group()        # or a thread of it may outlive the interpreter, and abort
     except KeyboardInterrupt:
         begun = o and (Path(o.out) / "options.json").exists()

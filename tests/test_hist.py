@@ -253,7 +253,7 @@ def test_the_parts_of_a_composite_come_from_the_teacher_and_do_not_teach_it():
     text, maps = batch["composition"], {}
     n = len(text["rows"])
     for name, m in (("model", model), ("teacher", teacher)):
-        image, (T, mask, _) = m.encode_image(batch["image"])[1], m.encode_text(text["ids"])
+        image, (T, mask, _) = m.keys_values(model.encode_image(batch["image"])[2]), m.encode_text(text["ids"])
         maps[name], maps[f"{name}_match"] = hist.locate(m, T, mask, image, text["rows"].repeat(3), o.cam_layer)
     expected = {name: hist.composition_loss(maps[name][:n], maps[name][n:2 * n], maps["model"][2 * n:],
                                             maps[f"{name}_match"][:n] * maps[f"{name}_match"][n:2 * n]).item() for name in ("model", "teacher")}
