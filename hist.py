@@ -1067,7 +1067,7 @@ TABLE = {"pointing_phrases": "pointing, phrases", "pointing_subjects": "pointing
          "pointing_shared_shape": "  shape shared", "pointing_unseen": "  pair never seen", "multi_object_iou": "multi-object IoU", "balance": "balance",
          "r1_image_to_text": "R@1, image to text", "r1_text_to_image": "R@1, text to image", "r1_image_to_text_itm": "  ITM: i. to t.",
          "r1_text_to_image_itm": "  ITM: t. to i.", "vqa": "VQA, mean", "vqa_colour": "  colour", "vqa_shape": "  shape", "vqa_is_there": "  is there",
-         "vqa_count": "  count", "occlusion": "occlusion, rank r", "seconds": "seconds of training"}
+         "vqa_count": "  count", "seconds": "seconds of training"}
 
 def table(results):
     """The results {training: {measure: value}} as text: a measure a line, a training a column, and what chance gives."""

@@ -78,7 +78,7 @@ def ablation(o):
 def table(every):
     """[{row: {measure: value}} of each seed] as a Markdown table: mean ± standard deviation, then the paired difference [95% interval]."""
     n, lines = len(every), ["| | " + " | ".join(ROWS) + " | chance |", "|---" * (len(ROWS) + 2) + "|"]
-    for k, title in hist.TABLE.items():
+    for k, title in (hist.TABLE | {"occlusion": "occlusion, rank r"}).items():
         if k in every[0]["caption"]:
             scale, cells = 1 if k == "seconds" else 100, []
             values = {row: scale * np.array([done[row][k] for done in every]) for row in ROWS}
