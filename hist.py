@@ -1,7 +1,7 @@
 """HIST in one file: train a vision-language model that can point at what a phrase names.
 
 An educational implementation of "Barking Up The Syntactic Tree: Enhancing VLM Training with Syntactic Losses"
-(arXiv 2412.08110) on a small ALBEF (arXiv 2107.07651). parse.py cuts each caption into phrases, their subjects, and
+(arXiv 2412.08110) on a small ALBEF (arXiv 2107.07651) or BLIP. parse.py cuts each caption into phrases, their subjects, and
 composites of two phrases; here they become losses. No boxes are used in training.
 
     python hist.py                                          drawn scenes: no download, no GPU
@@ -885,10 +885,10 @@ def draw_grounding(models, vocabulary, records, o, path):
     figure = Figure(figsize=(2.6 * len(rows[0]), 2.75 * len(rows) + 1), layout="constrained")
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for ax, (picture, (text, heat, region)) in zip(axes.flat, itertools.chain(*rows)):
-        ax.imshow(picture, extent=(0, 1, 1, 0), aspect=picture.shape[0] / picture.shape[1])
+        shown = partial(ax.imshow, extent=(0, 1, 1, 0), aspect=picture.shape[0] / picture.shape[1])
+        shown(picture)
         if heat is not None:
-            colours = ax.imshow(heat / max(heat.max(), 1e-12), extent=(0, 1, 1, 0), aspect="auto", cmap="inferno", alpha=0.7, vmin=0, vmax=1)
-            ax.set_aspect(picture.shape[0] / picture.shape[1])
+            colours = shown(heat / max(heat.max(), 1e-12), cmap="inferno", alpha=0.7, vmin=0, vmax=1)
             y, x = divmod(int(heat.argmax()), heat.shape[1])
             ax.plot((x + 0.5) / heat.shape[1], (y + 0.5) / heat.shape[0], "x", color="cyan", markersize=9, markeredgewidth=2)
         if region is not None: ax.contour(region, [0.5], extent=(0, 1, 0, 1), colors="white", linewidths=1.5)
