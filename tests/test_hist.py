@@ -265,6 +265,19 @@ def test_the_parts_of_a_composite_come_from_the_teacher_and_do_not_teach_it():
     assert all(p.grad is None for p in teacher.parameters()) and any(p.grad is not None and p.grad.any() for p in model.vit.parameters())
 
 
+def test_a_step_of_all_levels_encodes_the_images_once(monkeypatch):
+    """Not again for a level, for the negatives, or for the teacher."""
+    o = options()
+    vocabulary, batch = batch_of(o)
+    model, teacher = hist.HIST(o, vocabulary), hist.HIST(o, vocabulary)
+    seen = []
+    for m in (model, teacher):
+        m.vit.register_forward_pre_hook(lambda *_: seen.append(1))
+        m.vit.patch_embed.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
+    hist.training_losses(model, batch, hist.LEVELS, 0.5, o.cam_layer, teacher)
+    assert seen == [len(batch["image"])]
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_teacher_stays_as_it_was_while_the_model_trains(tmp_path, monkeypatch, compiled):
     """Also where the ViT is compiled: its copy must not run the model's own."""
