@@ -74,8 +74,7 @@ class Encoded:
 @torch.no_grad()
 def retrieval(model, vocabulary, splits, o):
     """R@1, 5 and 10 on test, by ITC alone and with ITM re-ranking its nearest: of an image any of its five captions, of a caption its image."""
-    records, ks, result = splits.get("test"), (1, 5, 10), {}
-    insist(records, "there is no image of the test split")
+    records, ks, result = splits["test"], (1, 5, 10), {}
     captions = [(i, c) for i, r in enumerate(records) for c in r["captions"][:5]]
     load = lambda start, end: torch.stack([hist.read_image(r["image"], o.image_size) for r in records[start:end]]).to(o.device)
     images = torch.cat([model.encode_image(load(i, i + 32))[0] for i in range(0, len(records), 32)])
@@ -124,7 +123,7 @@ ANSWERS = 1000
 
 @torch.no_grad()
 def vqa(model, vocabulary, splits, o):
-    """VQA v2 as a cloze: "QUESTION [MASK]", filled with one of the 1,000 most frequent answers to train's questions that are one known word."""
+    """VQA v2 as a cloze: "QUESTION [MASK]", filled with one of the ANSWERS most frequent answers to train's questions that are one known word."""
     given = Counter(a.get("multiple_choice_answer") for a in hist.read_json(vqa_files(Path(o.root), "train")[1], "annotations")[0] if isinstance(a, dict))
     choices = [a for a, _ in given.most_common() if isinstance(a, str) and hist.split_words(a) == [a] and a in vocabulary][:ANSWERS]
     insist(choices, "no answer to the questions of train is a word that this model knows: train it with --data vqa")
@@ -134,7 +133,8 @@ def vqa(model, vocabulary, splits, o):
         said = hist.answer(model, vocabulary, image, [(0, kind, f"{question} [MASK]", choices, None) for kind, question, _ in r["asked"]])
         for word, (kind, _, answers) in zip(said, r["asked"]):
             for name in ("overall", kind): scores.setdefault(name, []).append(vqa_accuracy(word, answers))
-    return {**{f"VQA, {name}": float(np.mean(rows)) for name, rows in scores.items()}, "questions": len(scores["overall"]), "answers to choose from": len(choices)}
+    shares = {f"VQA, {name}": float(np.mean(rows)) for name, rows in scores.items()}
+    return {**shares, "questions": len(scores["overall"]), "answers to choose from": len(choices)}
 
 
 BENCHMARKS = {"flickr30k": (("val", "test"), (pointing, referring, retrieval)), "karpathy": (("test",), (retrieval,)), "vqa": (("val",), (vqa,)),
@@ -149,6 +149,7 @@ def benchmarks(o):
     wanted, measures = BENCHMARKS[o.eval]
     records, results = take(READERS[o.eval], wanted, o), {}
     splits = {split: hist.readable([r for r in records if r["split"] == split], o) for split in dict.fromkeys(r["split"] for r in records)}
+    for split in wanted or ("val",): insist(splits.get(split), f"--root {o.root}: no image of {split} can be used")
     for path in paths:
         model, vocabulary, _ = hist.restore(path, o)
         model.eval()

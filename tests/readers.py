@@ -1,6 +1,6 @@
 """python hist.py --data vg | flickr30k | vqa: the other data sets, as they are published; tests/benchmarks.py evaluates on them.
 
-A reader is a generator of hist.py's records: read(root, splits, bad) yields those of the splits, one image each, opens no image, and
+A reader gives hist.py's records one by one: read(root, splits, bad) those of the splits, one image each. It opens no image, and
 enters what it leaves out in bad, {(kind, which): why}. UserError names a file that is missing, and the folder it should be in.
 A target here has an "object" too: mentions of one object share it. Boxes and masks are in pixels, boxes [x0, y0, x1, y1].
 """
@@ -9,10 +9,10 @@ import os
 import pickle
 import re
 import sys
-import xml.etree.ElementTree
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 import hist
 from hist import UserError, blaming, insist
@@ -56,6 +56,14 @@ def stream(path, size=1 << 22):
     insist(text[at:].strip() == "]", f"{path}: not JSON after {n} elements: {text[at:at + 40]!r}")
 
 
+def each(entries, make, bad):
+    """The records that make(entry) returns for entries [(name, entry), …]; where it fails, the image of that name is left out."""
+    for name, entry in entries:
+        record = None
+        with blaming(("image", name), bad): record = make(entry)
+        if record: yield record
+
+
 class PlainUnpickler(pickle.Unpickler):
     """Builds lists, dictionaries, strings and numbers. A pickle may name any function to be called: this one calls none."""
     def find_class(self, module, name):
@@ -78,25 +86,25 @@ def read_vg(root, splits, bad, exclude=""):
     with blaming(f"--exclude {exclude}"):
         text = Path(exclude).read_text() if exclude else ""
         left = {str(int(i)) for i in (json.loads(text) if text.lstrip().startswith("[") else text.split())}
-    if left and (root / "image_data.json").exists():
-        left |= {str(i["image_id"]) for i in stream(root / "image_data.json") if str(i.get("coco_id")) in left}
+    told = root / "image_data.json"
+    with blaming(told): left |= {str(i["image_id"]) for i in (stream(told) if left and told.exists() else ()) if str(i.get("coco_id")) in left}
     said = {}                                                  # many regions have the same description: one string for all
-    for n, entry in enumerate(stream(described)):
-        with blaming(("image", f"entry {n} of {described.name}"), bad):
-            number, regions, record = int(entry["id"]), entry["regions"], None
-            split = "val" if number % 50 == 49 else "train"
-            if split not in splits or str(number) in left: continue
-            insist(f"{number}.jpg" in there, f"there is no file {number}.jpg in {root / 'VG_100K'} or VG_100K_2")
-            good = [r for r in regions if isinstance(r, dict) and isinstance(r.get("phrase"), str) and r["phrase"].strip()]
-            if len(good) < len(regions): bad["region", f"image {number}"] = f"{len(regions) - len(good)} of {len(regions)} have no description"
-            good = good if split == "train" else [r for r in good if all(type(r.get(k)) in (int, float) for k in ("x", "y", "width", "height"))
-                                                  and r["width"] > 0 and r["height"] > 0][:TOLD]
-            insist(good, "no region of it can be used")
-            captions = [said.setdefault(c, c) for c in (" ".join(r["phrase"].split()) for r in good)]
-            boxes = [[r["x"], r["y"], r["x"] + r["width"], r["y"] + r["height"]] for r in good] if split == "val" else ()
-            record = {"image": there[f"{number}.jpg"], "captions": captions, "split": split,
-                      "targets": [{"phrase": c, "boxes": [box], "object": k} for k, (c, box) in enumerate(zip(captions, boxes))]}
-        if record: yield record
+
+    def record(entry):
+        number, regions = int(entry["id"]), entry["regions"]
+        split = "val" if number % 50 == 49 else "train"
+        if split not in splits or str(number) in left: return None
+        insist(f"{number}.jpg" in there, f"there is no file {number}.jpg in {root / 'VG_100K'} or VG_100K_2")
+        good = [r for r in regions if isinstance(r, dict) and isinstance(r.get("phrase"), str) and r["phrase"].strip()]
+        if split == "val": good = [r for r in good if all(type(r.get(k)) in (int, float) for k in ("x", "y", "width", "height")) and min(r["width"], r["height"]) > 0]
+        if len(good) < len(regions): bad["region", f"image {number}"] = f"{len(regions) - len(good)} of {len(regions)} have no description, or no box"
+        insist(good, "no region of it can be used")
+        if split == "val": good = good[:TOLD]
+        captions = [said.setdefault(c, c) for c in (" ".join(r["phrase"].split()) for r in good)]
+        boxes = [[r["x"], r["y"], r["x"] + r["width"], r["y"] + r["height"]] for r in good] if split == "val" else ()
+        return {"image": there[f"{number}.jpg"], "captions": captions, "split": split,
+                "targets": [{"phrase": c, "boxes": [box], "object": k} for k, (c, box) in enumerate(zip(captions, boxes))]}
+    return each(((f"entry {n} of {described.name}", entry) for n, entry in enumerate(stream(described))), record, bad)
 
 
 # ----------------------------------------------------------------------------------------------------- Flickr30k
@@ -108,7 +116,7 @@ def read_boxes(path):
     pixels from 1; as in the data set's own flickr30k_entities_utils.py, 1 is taken off all four numbers."""
     text, boxes = path.read_text(encoding="utf-8"), {}
     insist("<!DOCTYPE" not in text and "<!ENTITY" not in text, "it declares entities, which may expand without end")
-    for thing in xml.etree.ElementTree.fromstring(text).iter("object"):
+    for thing in ElementTree.fromstring(text).iter("object"):
         for box in thing.iter("bndbox"):
             corners = [int(box.findtext(k)) - 1 for k in ("xmin", "ymin", "xmax", "ymax")]
             for name in thing.iter("name"): boxes.setdefault(name.text, []).append(corners)
@@ -120,19 +128,18 @@ def read_flickr30k(root, splits, bad):
     Annotations/ID.xml the boxes. A mention with a box is a target, with its categories as tags; one of no visible thing (EN#0) is none."""
     lists = need(root, *(f"{split}.txt" for split in splits))
     sentences, annotations, images = need(root, "Sentences", "Annotations", ("flickr30k-images", "flickr30k_images"))
-    for split, name in ((split, name) for split, path in zip(splits, lists) for name in path.read_text().split()):
-        with blaming(("image", name), bad):
-            record, boxes = None, {}
-            image, told = inside(images, f"{name}.jpg"), inside(sentences, f"{name}.txt")
-            rows = [line.strip() for line in told.read_text(encoding="utf-8").splitlines() if line.strip()]
-            captions = [MENTION.sub(r"\3", row) for row in rows]
-            insist(captions, f"{told} has no caption")
-            with blaming(("annotation", f"{annotations / name}.xml"), bad):
-                if split != "train": boxes = read_boxes(inside(annotations, f"{name}.xml"))
-            mentions = [m for row in rows for m in MENTION.findall(row) if m[0] != "0" and m[0] in boxes and m[2].strip()]
-            record = {"image": image, "captions": captions, "split": split, "targets": [
-                {"phrase": phrase, "boxes": boxes[entity], "tags": kinds.split("/"), "object": entity} for entity, kinds, phrase in mentions]}
-        if record: yield record
+
+    def record(entry):
+        (split, name), boxes = entry, {}
+        image, told = inside(images, f"{name}.jpg"), inside(sentences, f"{name}.txt")
+        rows = [line.strip() for line in told.read_text(encoding="utf-8").splitlines() if line.strip()]
+        insist(rows, f"{told} has no caption")
+        with blaming(("annotation", f"{annotations / name}.xml"), bad):
+            if split != "train": boxes = read_boxes(inside(annotations, f"{name}.xml"))
+        mentions = [m for row in rows for m in MENTION.findall(row) if m[0] != "0" and m[0] in boxes and m[2].strip()]
+        return {"image": image, "captions": [MENTION.sub(r"\3", row) for row in rows], "split": split, "targets": [
+            {"phrase": phrase, "boxes": boxes[entity], "tags": kinds.split("/"), "object": entity} for entity, kinds, phrase in mentions]}
+    return each(((name, (split, name)) for split, path in zip(splits, lists) for name in path.read_text(errors="replace").split()), record, bad)
 
 
 # ------------------------------------------------------------------------------------------ referring expressions
@@ -165,44 +172,46 @@ def read_refs(name, root, splits, bad):
     with blaming(path), open(path, "rb") as f:
         refs = PlainUnpickler(f, encoding="latin1").load()
         insist(isinstance(refs, list), "there is no list of referring expressions")
-    images, annotations, groups = {i["id"]: i for i in images}, {a["id"]: a for a in annotations}, {}
+    images, annotations = ({e["id"]: e for e in entries if isinstance(e, dict) and isinstance(e.get("id"), int)} for entries in (images, annotations))
+    groups = {}
     for n, ref in enumerate(refs):
         with blaming(("expression", f"entry {n} of {path.name}"), bad):
             if ref["split"] in splits if splits else ref["split"] != "train": groups.setdefault((ref["split"], ref["image_id"]), []).append(ref)
-    for (split, number), group in groups.items():
-        with blaming(("image", f"{number} of {path.name}"), bad):
-            record, image, targets = None, images[number], []
-            picture, width, height = inside(folder, image["file_name"]), image["width"], image["height"]
-            for ref in group:
-                with blaming(("expression", f"ref_id {ref.get('ref_id')}"), bad):
-                    truth = annotations[ref["ann_id"]]
-                    (x, y, w, h), parts = truth["bbox"], truth["segmentation"]
-                    box = [max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)]
-                    insist(box[0] < box[2] and box[1] < box[3], f"its box {truth['bbox']} has no pixel in the image of {width} x {height}")
-                    parts = [parts] if isinstance(parts, dict) or isinstance(parts[0], list) else parts         # a mask, polygons, or masks
-                    parts = [{**p, "counts": run_lengths(p["counts"])} if isinstance(p, dict) and isinstance(p["counts"], str) else p for p in parts]
-                    mask = {"size": (height, width), "parts": parts}
-                    targets += [{"phrase": s["sent"], "boxes": [box], "mask": mask, "object": ref["ann_id"]} for s in ref["sentences"] if s["sent"].strip()]
-            insist(targets, "no expression of it can be used")
-            record = {"image": picture, "captions": [t["phrase"] for t in targets], "targets": targets, "split": split}
-        if record: yield record
+
+    def record(entry):
+        (split, number), group = entry
+        image, targets = images[number], []
+        picture, width, height = inside(folder, image["file_name"]), image["width"], image["height"]
+        for ref in group:
+            with blaming(("expression", f"ref_id {ref.get('ref_id')} of {path.name}"), bad):
+                truth = annotations[ref["ann_id"]]
+                (x, y, w, h), parts = truth["bbox"], truth["segmentation"]
+                box = [max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)]
+                insist(box[0] < box[2] and box[1] < box[3], f"its box {truth['bbox']} has no pixel in the image of {width} x {height}")
+                parts = [parts] if isinstance(parts, dict) or isinstance(parts[0], list) else parts             # a mask, polygons, or masks
+                parts = [{**p, "counts": run_lengths(p["counts"])} if isinstance(p, dict) and isinstance(p["counts"], str) else p for p in parts]
+                mask = {"size": (height, width), "parts": parts}
+                targets += [{"phrase": s["sent"], "boxes": [box], "mask": mask, "object": ref["ann_id"]} for s in ref["sentences"] if s["sent"].strip()]
+        insist(targets, "no expression of it can be used")
+        return {"image": picture, "captions": [t["phrase"] for t in targets], "targets": targets, "split": split}
+    return each(((f"{number} of {path.name}", ((split, number), group)) for (split, number), group in groups.items()), record, bad)
 
 
 # --------------------------------------------------------------------------------------------------- retrieval, VQA
 def read_karpathy(root, splits, bad):
     """COCO by Karpathy's split: dataset_coco.json, and COCO's train2014/ and val2014/."""
     path, = need(root, "dataset_coco.json")
-    for n, image in enumerate(hist.read_json(path, "images")[0]):
-        with blaming(("image", f"entry {n} of {path.name}"), bad):
-            record = None
-            if image["split"] not in splits: continue
-            captions = [s["raw"].strip() for s in image["sentences"] if s["raw"].strip()]
-            insist(captions, "there is no caption")
-            record = {"image": inside(root, f"{image['filepath']}/{image['filename']}"), "captions": captions, "targets": [], "split": image["split"]}
-        if record: yield record
+
+    def record(image):
+        if image["split"] not in splits: return None
+        captions = [s["raw"].strip() for s in image["sentences"] if s["raw"].strip()]
+        insist(captions, "there is no caption")
+        return {"image": inside(root, f"{image['filepath']}/{image['filename']}"), "captions": captions, "targets": [], "split": image["split"]}
+    return each(((f"entry {n} of {path.name}", image) for n, image in enumerate(hist.read_json(path, "images")[0])), record, bad)
 
 
 def vqa_files(root, split):
+    """Questions, annotations and images of a split."""
     return need(root, f"v2_OpenEnded_mscoco_{split}2014_questions.json", f"v2_mscoco_{split}2014_annotations.json", f"{split}2014")
 
 
@@ -220,7 +229,7 @@ def read_vqa(root, splits, bad):
                 insist(question and answers and all(isinstance(x, str) for x in [question, *answers]), "no question, or no answers")
                 r = records.setdefault(name, {"image": folder / name, "captions": [], "targets": [], "asked": [], "split": split})
                 r["captions"].append(f"{question} {a['multiple_choice_answer']}")
-                if split == "val": r["asked"].append((a["answer_type"], question, answers))
+                if split == "val": r["asked"].append((str(a["answer_type"]), question, answers))
         bad.update({("image", name): f"there is no file {name} in {folder}" for name in records if name not in there})
         yield from (r for name, r in records.items() if name in there)
 

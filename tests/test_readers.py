@@ -56,7 +56,7 @@ def vg_folder(root):
     entries = [{"id": i, "regions": [region(i, k, c) for k, c in enumerate(said)]} for i in [*range(1, 11), 12, 49]]
     entries[0]["regions"] += [region(1, 5, ""), region(1, 6, None), {"region_id": 7}, "no region"]
     entries[-1]["regions"] += [{**region(49, 4, "no box"), "width": 0}, *(region(49, k, f"dog number {k}") for k in range(5, 20))]
-    entries += [{"id": 11, "regions": []}, {"regions": []}, {"id": "../12", "regions": []}]
+    entries[3:3] = [{"id": 11, "regions": []}, {"regions": []}, {"id": "../12", "regions": []}, "no entry"]
     for i in [*range(1, 12), 49]:
         picture(root / ("VG_100K_2" if i == 3 else "VG_100K") / f"{i}.jpg", i)
     (root / "region_descriptions.json").write_text(json.dumps(entries))
@@ -72,9 +72,10 @@ def test_visual_genome(tmp_path):
     held_out = records[-1]["targets"]
     assert len(held_out) == readers.TOLD and held_out[1] == {"phrase": "Two dogs near a tree", "boxes": [[8, 4, 16, 16]], "object": 1}
     assert [t["phrase"] for t in held_out[4:6]] == ["dog number 5", "dog number 6"]                # the one with no box is left out
-    assert bad["region", "image 1"] == "4 of 8 have no description"
+    assert bad["region", "image 1"] == "4 of 8 have no description, or no box"
+    assert bad["region", "image 49"] == "1 of 20 have no description, or no box"
     assert sorted(why for (kind, _), why in bad.items() if kind == "image") == [
-        "'id' is missing", "invalid literal for int() with base 10: '../12'", "no region of it can be used",
+        "'id' is missing", "invalid literal for int() with base 10: '../12'", "no region of it can be used", "string indices must be integers, not 'str'",
         f"there is no file 12.jpg in {tmp_path}/VG_100K or VG_100K_2"]
 
 
@@ -280,12 +281,14 @@ def test_bad_expressions_are_left_out_and_listed(tmp_path):
     pictures[2]["file_name"] = "missing.jpg"
     annotations[9]["bbox"] = [70, 0, 5, 5]
     del annotations[12]
+    pictures += [{"file_name": "of no id"}, "x"]
     (tmp_path / "refcoco+/instances.json").write_text(json.dumps({"images": pictures, "annotations": annotations}))
-    (tmp_path / "refcoco+/refs(unc).p").write_bytes(pickle.dumps([*refs, {"ref_id": 1}, "x"]))
+    (tmp_path / "refcoco+/refs(unc).p").write_bytes(pickle.dumps([*refs, {"ref_id": 1}, "x", {**refs[-1], "image_id": 9}]))
     records, bad = taken(readers.READERS["refcoco+"], tmp_path, ("val", "testA", "testB"))
     why = {f"{kind} {which}": why for (kind, which), why in bad.items()}
     assert "leads out" in why["image 501 of refs(unc).p"] and "no file missing.jpg" in why["image 502 of refs(unc).p"]
-    assert len(records) == 5 and len(why) == 6 and "no pixel" in why["expression ref_id 401"] and why["expression ref_id 600"] == "60 is missing"
+    assert len(records) == 5 and len(why) == 7 and why["image 9 of refs(unc).p"] == "9 is missing"
+    assert "no pixel" in why["expression ref_id 401 of refs(unc).p"] and why["expression ref_id 600 of refs(unc).p"] == "60 is missing"
 
 
 def test_refclef_has_compressed_run_lengths(tmp_path):
@@ -357,7 +360,7 @@ def karpathy_folder(root, n=12):
                "sentences": [{"raw": f"A bus number {i} and {k} dogs. "} for k in range(5)] + [{"raw": "a sixth caption"}] * (i == 0)} for i in range(n)]
     for i, image in enumerate(images):
         picture(root / image["filepath"] / image["filename"], i)
-    images += [{**images[0], "split": split} for split in ("train", "restval", "val")] + [{**images[0], "filename": "../val2014/COCO_000000000001.jpg"}, {"split": "test"}]
+    images[3:3] = [{**images[0], "split": split} for split in ("train", "restval", "val")] + [{**images[0], "filename": "../val2014/COCO_000000000001.jpg"}, {"split": "test"}]
     (root / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
 
 
