@@ -47,8 +47,9 @@ def option(default, text, least=None):
 @dataclass
 class Options:
     """The command line. 0, -1 or "" stand for what suits the data: SCENES and PHOTOS below."""
-    data: str = option("scenes", "scenes, coco, or a file of your own records: FILE.jsonl")
-    root: str = option("data/coco", "folder of COCO's train2017/ val2017/ annotations/")
+    data: str = option("scenes", "scenes, coco, vg, flickr30k, vqa, or a file of your own records: FILE.jsonl")
+    root: str = option("", "folder of the data set, laid out as it is published [data/NAME]")
+    exclude: str = option("", "--data vg: file of image ids, Visual Genome's or COCO's, to leave out")
     download: bool = option(False, "fetch COCO 2017 into --root first (20 GB, checked)")
     out: str = option("", "folder for all that a run writes [out/NAME]")
     parses: str = option("", "file of parses to train on in place of the rules' (python parse.py --llm)")
@@ -80,6 +81,7 @@ class Options:
     ablate: bool = option(False, "train every row of the ablation for --seeds seeds, and print its table")
     seeds: int = option(5, "seeds of --ablate, from --seed on", 1)
     eval_only: bool = option(False, "evaluate the checkpoints in --out, no training")
+    eval: str = option("", "a benchmark for the last checkpoints: flickr30k, refcoco, refcoco+, refcocog, refclef, karpathy, vqa")
     bench: bool = option(False, "time a step, part by part, as levels are added; and the loader alone")
     caption: str = option("", "say what the last model trained with --base blip sees in this picture")
     top_p: float = option(0.0, "draw the words of --caption from the likeliest of this probability together (nucleus) [0: the likeliest]", 0)
@@ -229,7 +231,7 @@ def blaming(what, bad=None, line=0):
         yield
     except Exception as e:                                     # PIL, timm and torch.load have as many exceptions as ways to fail
         why = f"not JSON: {e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else f"{e}" + " is missing" * isinstance(e, KeyError)
-        insist(bad is not None, f"{what}" + f", line {line - 1 + getattr(e, 'lineno', 1)}" * (line > 0) + f": {' '.join(why.split())[:300]}")
+        insist(bad is not None, f"{what}" + f", line {line - 1 + (getattr(e, 'lineno', 0) or 1)}" * (line > 0) + f": {' '.join(why.split())[:300]}")
         bad[what] = why
 
 def leave_out(bad, o, total):
@@ -329,6 +331,7 @@ def read_jsonl(path):
 def load_data(o):
     """(training records, held-out records) of --data."""
     if o.data == "scenes": return Scenes(1_000_000, o, "train", False), Scenes(o.eval_images or 500, o, "held out", True)
+    if o.data in ("vg", "flickr30k", "vqa"): return beside("readers", o, "load")
     if o.data != "coco": return read_jsonl(Path(o.data))
     if o.download: download_coco(Path(o.root))
     return [read_coco(Path(o.root), split, o) for split in ("train", "val")]
@@ -445,9 +448,10 @@ class Samples(Dataset):
         text = {"caption": record["captions"][n]}
         if parses[n]:
             text["phrase"], text["subject"] = rng.choice(parses[n])
-            others = [p for p, _ in parses[n] if key(p) != key(text["phrase"])]
+            regions = [p for m, row in enumerate(parses) if m != n for p in row] if self.o.data == "vg" else parses[n]      # a caption is a region
+            others = [p for p, _ in regions if key(p) != key(text["phrase"])]
             if others:
-                one, two = sorted((text["phrase"], rng.choice(others)), key=text["caption"].index)
+                one, two = sorted((text["phrase"], rng.choice(others)), key=text["caption"].find)
                 composite = one, two, f"{one} and {two}"
         texts = {level: (ids := encode(self.vocabulary, t), *mask_words(ids, rng, len(self.vocabulary)), key(t)) for level, t in text.items()}
         if position * RANKS // (self.o.batch_size // self.o.accumulate) % RANKS == RANK:
@@ -780,14 +784,15 @@ def maps_of(model, vocabulary, images, texts, rows, o):
 
 def answer(model, vocabulary, images, questions):
     """Answers to questions [(row, kind, cloze, choices, answer), ...] about images (B, 3, side, side): the choice that the language head thinks likeliest
-    at [MASK], or with which BLIP finds the sentence likeliest; without [MASK], of two choices the second where text and image match."""
+    at [MASK], or there BLIP's decoder; without [MASK], of two choices the second where text and image match."""
     image, answers = model.encode_image(images)[1], []
     for row, _, cloze, choices, _ in questions:
-        lm = model.blip and "[MASK]" in cloze
-        ids = pad([encode(vocabulary, cloze.replace("[MASK]", c)) for c in choices] if lm else [encode(vocabulary, cloze)]).to(images.device)
+        lm = model.blip and "[MASK]" in cloze                  # the next word, where [MASK] is last; else each sentence as a whole
+        texts = [cloze.replace("[MASK]", c) for c in choices] if lm and not cloze.endswith("[MASK]") else [cloze]
+        ids = pad([encode(vocabulary, text) for text in texts]).to(images.device)
         states, _ = model.fuse(*model.encode_text(ids)[:2], image, torch.full_like(ids[:, 0], row), causal=lm)
-        if lm: score = -F.cross_entropy(model.word_head(states).transpose(1, 2), next_words(ids), reduction="none", ignore_index=-100).sum(1)
-        elif MASK in ids: score = model.word_head(states[ids == MASK][0])[[vocabulary.get(c, UNK) for c in choices]]
+        if MASK in ids: score = model.word_head(states[0, ids[0].tolist().index(MASK) - lm])[[vocabulary.get(c, UNK) for c in choices]]
+        elif lm: score = -F.cross_entropy(model.word_head(states).transpose(1, 2), next_words(ids), reduction="none").sum(1)
         else: score = model.match_head(states[0, 0])
         answers.append(choices[int(score.argmax())])
     return answers
@@ -1091,16 +1096,19 @@ def settle(given):
     """Options from what was typed, then of the run that it goes on from, if any, then what suits the data."""
     o = Options(**given)
     o.out = o.out or ("out/ablation" if o.ablate else f"out/{Path(o.data).stem}") + "-blip" * (o.base == "blip")
-    if o.resume or o.eval_only or o.ground or o.caption:
-        any_run = (o.ground or o.caption) and not {"out", "data", "base"} & set(given)
-        where, pattern = ("out", "*-blip/*.pt" if o.caption else "*/*.pt") if any_run else (o.out, "*.pt")
+    look_at = o.ground or o.caption or o.eval
+    if o.resume or o.eval_only or look_at:
+        where, pattern = ("out", "*-blip/*.pt" if o.caption else "*/*.pt") if look_at and not {"out", "data", "base"} & set(given) else (o.out, "*.pt")
         found = sorted(Path(where).glob(pattern), key=lambda path: path.stat().st_mtime)
         folder = found[-1].parent if found else Path(o.out)    # killed before its first checkpoint, a run begins again
-        insist((folder / "options.json").exists() and (found or o.resume), f"no checkpoint of hist.py in {where}: train first{' with --base blip' * bool(o.caption)}, or say --out FOLDER")
-        once = dict(resume=False, eval_only=False, ablate=False, bench=False, ground=None, caption="", download=False, device="auto")
+        insist((folder / "options.json").exists() and (found or o.resume),
+               f"no checkpoint of hist.py in {where}: train first{' with --base blip' * bool(o.caption)}, or say --out FOLDER")
+        once = dict(resume=False, eval_only=False, ablate=False, bench=False, ground=None, caption="", eval="", download=False, device="auto")
+        once |= {"root": ""} if o.eval else {}
         o = Options(**{**json.loads((folder / "options.json").read_text()), **once, **given, "out": str(folder)})
     for name, value in (SCENES if o.data == "scenes" else PHOTOS).items():
         if getattr(o, name) == getattr(Options, name): setattr(o, name, value)
+    o.root = o.root or f"data/{o.eval or o.data}"
     if o.base == "blip": o.text_layers, o.fusion_layers = 0, o.text_layers + o.fusion_layers       # its text layers are all fusion layers
     if o.cam_layer == -1: o.cam_layer = o.fusion_layers - 1 if o.data == "scenes" else (o.fusion_layers - 1) // 2   # ALBEF: the third of six
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -1115,7 +1123,8 @@ def settle(given):
     insist(not o.parses or o.data != "scenes", "--parses: scenes are drawn without end and parsed as they come; say --data coco or --data FILE.jsonl")
     insist(not o.pretrained or o.vit != "scenes", "--pretrained: the model of the scenes has no pretrained weights; say --vit NAME")
     insist(o.batch_size % (o.accumulate * RANKS) == 0, f"--batch-size {o.batch_size}: take a multiple of --accumulate {o.accumulate} x {RANKS} GPUs")
-    insist(RANKS == 1 or not (o.ablate or o.bench), "--ablate and --bench run on one GPU: start them without torchrun")
+    insist(RANKS == 1 or not (o.ablate or o.bench or o.eval), "--ablate, --bench and --eval run on one GPU: start them without torchrun")
+    insist(not o.exclude or o.data == "vg", "--exclude goes with --data vg")
     insist(here.get(o.device), f"--device {o.device}: auto, or what this machine has: {', '.join(d for d in here if here[d])}")
     return o
 
@@ -1182,13 +1191,14 @@ def run(o):
         iou = iou[:, iou.mean(0).argmax()]                     # of each pair of the last model, at the one threshold best for all
         worst = sorted(np.unique(image), key=lambda i: iou[image == i].mean())[:4]
         draw_grounding(models, vocabulary, [held_out[i] for i in worst], o, out / "worst.png")
+    if o.data == "vqa": beside("benchmarks", replace(o, eval="vqa"))
     print(f"in {out}: {' '.join(sorted(p.name for p in out.iterdir()))}")
 
-def beside(name, o):
-    """--bench and --ablate stand with the tests, as tests/bench.py and tests/ablation.py, and work on this very module."""
+def beside(name, o, what=None):
+    """--bench, --ablate, --eval and the other data sets stand with the tests, as tests/bench.py and so on, and work on this very module."""
     sys.modules["hist"] = sys.modules[__name__]
     sys.path.insert(0, str(Path(__file__).with_name("tests")))
-    getattr(importlib.import_module(name), name)(o)
+    return getattr(importlib.import_module(name), what or name)(o)
 
 def main(argv=None):
     """Do what was typed; a mistake, a full disk or too little memory ends it with one line and status 2, Ctrl-C with the command that resumes."""
@@ -1197,7 +1207,8 @@ def main(argv=None):
         o = settle(command_line(argv))
         if o.device == "cuda": torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if RANKS > 1: torch.distributed.init_process_group("nccl" if o.device == "cuda" else "gloo")
-        look(o) if o.ground or o.caption else beside("bench", o) if o.bench else beside("ablation", o) if o.ablate else run(o)
+        task = "bench" if o.bench else "ablation" if o.ablate else "benchmarks" if o.eval else ""
+        look(o) if o.ground or o.caption else beside(task, o) if task else run(o)
         if RANKS > 1: torch.distributed.destroy_process_group()        # or a thread of it may outlive the interpreter, and abort
     except KeyboardInterrupt:
         begun = o and (Path(o.out) / "options.json").exists()

@@ -84,14 +84,17 @@ def test_losses_and_gradients_reach_every_weight(blip):
     assert not unused
 
 
-def test_answers_with_the_sentence_that_the_decoder_finds_likeliest(blip):
+@pytest.mark.parametrize("cloze", ["the circle is [MASK]", "[MASK] circle"])
+def test_answers_with_what_the_decoder_finds_likeliest(blip, cloze):
+    """The next word after what the question says, or where more follows the sentence that is likeliest as a whole."""
     _, vocabulary, batch, model = blip
-    cloze, choices = "the circle is [MASK]", list(hist.COLOURS)
+    choices = list(hist.COLOURS)
     image = model.encode_image(batch["image"])[1]
     def likelihood(text):
         ids = torch.tensor([hist.encode(vocabulary, text)])
         p = decoded(model, [kv[:, 2:3] for kv in image], ids).log_softmax(-1)[0]
-        return sum(float(p[t, word]) for t, word in enumerate([*ids[0, 1:].tolist(), hist.CLS]))
+        words = ids[0, 1:].tolist()
+        return float(p[len(words) - 1, words[-1]]) if cloze.endswith("[MASK]") else sum(float(p[t, word]) for t, word in enumerate([*words, hist.CLS]))
     best = max(choices, key=lambda c: likelihood(cloze.replace("[MASK]", c)))
     assert hist.answer(model, vocabulary, batch["image"], [(2, "colour", cloze, choices, "red")]) == [best]
 
