@@ -12,19 +12,16 @@ composites of two phrases; here they become losses. No boxes are used in trainin
 
 Read it from top to bottom: options, data, batches, model, Grad-CAM, losses, measures, pictures, training, main.
 """
-import argparse, copy, hashlib, importlib, itertools, json, math, os, random, resource, shlex, signal, sys, textwrap, time
-from collections import Counter
+import argparse, collections, copy, hashlib, importlib, itertools, json, math, os, random, resource, shlex, signal, sys, textwrap, time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
-import numpy as np, timm, timm.data, torch, torch.distributed, torch.nn as nn, torch.nn.functional as F
+import numpy as np, timm, timm.data, torch, torch.distributed, torch.nn as nn, torch.nn.functional as F, torchvision.transforms.v2.functional
 from matplotlib.figure import Figure                     # no pyplot: it would choose a backend for whoever imports this file
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.utils import download_and_extract_archive
-from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 import parse as parser
@@ -143,9 +140,8 @@ def draw_scene(rng, side, wanted, unseen):
         ink = np.float32([[[value + rng.gauss(0, 12)]] for value in COLOURS[colour]])
         spot = image[:, y:y + size, x:x + size]                # (3, size, size), a view
         spot += alpha * (ink - spot)
-        mask = np.zeros((side, side), dtype=bool)
-        mask[y:y + size, x:x + size] = alpha > 0.5
-        masks.append(mask)
+        masks.append(np.zeros((side, side), dtype=bool))
+        masks[-1][y:y + size, x:x + size] = alpha > 0.5
         objects.append({"colour": colour, "shape": shape, "x": x, "y": y, "size": size, "box": [x + x0, y + y0, x + x1, y + y1]})
     targets = [{"phrase": with_article(f"{o['colour']} {o['shape']}"), "boxes": [o["box"]], "mask": mask,
                 "tags": [tag for tag, so in (("shared_colour", shared(objects, o, "colour")), ("shared_shape", shared(objects, o, "shape")),
@@ -186,8 +182,7 @@ def describe(rng, objects, side):
 
 def ask(rng, objects):
     """Questions as [(kind, cloze, choices, answer), ...]; a statement without [MASK] asks whether it is true."""
-    once = lambda what: [o for o in objects if not shared(objects, o, what)]
-    colours, shapes = list(COLOURS), list(SHAPES)
+    once, colours, shapes = lambda what: [o for o in objects if not shared(objects, o, what)], list(COLOURS), list(SHAPES)
     there, o = {(p["colour"], p["shape"]) for p in objects}, rng.choice(objects)
     absent = [(c, s) for c in {p["colour"] for p in objects} for s in {p["shape"] for p in objects} if (c, s) not in there]
     absent = rng.choice(sorted(absent)) if absent and rng.random() < 0.5 else rng.choice(
@@ -205,25 +200,11 @@ class Scenes:
         self.n, self.side, self.stream, self.test = n, o.image_size, f"{o.seed} {name}", test
 
     def __len__(self): return self.n
-
     def __getitem__(self, i):
         rng = random.Random(f"{self.stream} {i}")
         return draw_scene(rng, self.side, rng.randint(2, 4) if self.test else rng.randint(1, min(4, 1 + i // 16000)), self.test)
 
 # ------------------------------------------------------------------------------- data: COCO, and your own images
-COCO_URL = "http://images.cocodataset.org/"
-COCO_FILES = {"annotations/annotations_trainval2017.zip": "f4bbac642086de4f52a3fdda2de5fa2c",     # name: MD5
-              "zips/val2017.zip": "442b8da7639aecaf257c1dceb8ba8c80", "zips/train2017.zip": "cced6f7f71b7629ddf16f17bbcfab6b2"}
-
-def download_coco(root):
-    """Fetch, check and unpack what root lacks of COCO 2017; an archive that lies there already is used. A folder gets its name when it is complete."""
-    for name, md5 in COCO_FILES.items():
-        folder = "annotations" if "annotations" in name else Path(name).stem
-        if not (root / folder).exists():
-            with blaming(f"{COCO_URL}{name} (wget -c {COCO_URL}{name} in {root} goes on where it breaks)"):
-                download_and_extract_archive(COCO_URL + name, root, root / "unpacking", md5=md5, remove_finished=True)
-            (root / "unpacking" / folder).rename(root / folder)
-
 @contextmanager
 def blaming(what, bad=None, line=0):
     """An error inside becomes a sentence about what: a UserError, or given bad an entry of it, {what: why}. line: the line of a JSON file."""
@@ -305,8 +286,7 @@ def read_jsonl(path):
     """A person's own records, (train, held out), one a line: {"image": path from this file's folder, "captions": [str, …], "targets":
     [{"phrase": str, "boxes": [[x0, y0, x1, y1], …], "mask": as decode_mask takes it}, …], "split": "train", "val" or "test"}; targets, masks
     and split may be left out. UserError gives the line's number and what is wrong."""
-    listed = lambda v, good: isinstance(v, list) and v and all(map(good, v))
-    text = lambda v: isinstance(v, str)
+    text, listed = lambda v: isinstance(v, str), lambda v, good: isinstance(v, list) and v and all(map(good, v))
     box = lambda b: listed(b, lambda v: type(v) in (int, float)) and len(b) == 4 and b[0] < b[2] and b[1] < b[3]
     target = lambda t: isinstance(t, dict) and text(t.get("phrase")) and t["phrase"].strip() and listed(t.get("boxes"), box)
     train, held_out, here = [], [], path.parent
@@ -333,7 +313,7 @@ def load_data(o):
     if o.data == "scenes": return Scenes(1_000_000, o, "train", False), Scenes(o.eval_images or 500, o, "held out", True)
     if o.data in ("vg", "flickr30k", "vqa"): return beside("readers", o, "load")
     if o.data != "coco": return read_jsonl(Path(o.data))
-    if o.download: download_coco(Path(o.root))
+    if o.download: beside("readers", Path(o.root), "download_coco")
     return [read_coco(Path(o.root), split, o) for split in ("train", "val")]
 
 def readable(records, o):
@@ -361,7 +341,7 @@ def split_words(text):
 
 def build_vocabulary(captions, size):
     """{word: id} of the most frequent words, after the four special tokens."""
-    count = Counter(w for c in captions for w in split_words(c))
+    count = collections.Counter(w for c in captions for w in split_words(c))
     return {w: i for i, w in enumerate(["[PAD]", "[CLS]", "[MASK]", "[UNK]"] + [w for w, _ in count.most_common(size)])}
 
 def encode(vocabulary, text):
@@ -378,8 +358,7 @@ def mask_words(ids, rng, words):
     known = [i for i in range(1, len(ids)) if ids[i] != UNK]
     masked, labels = list(ids), [-100] * len(ids)
     for i in [i for i in known if rng.random() < 0.3] or known[:1] and [rng.choice(known)]:
-        labels[i] = ids[i]
-        masked[i] = rng.choices((MASK, ids[i], rng.randrange(UNK, words)), (8, 1, 1))[0]
+        labels[i], masked[i] = ids[i], rng.choices((MASK, ids[i], rng.randrange(UNK, words)), (8, 1, 1))[0]
     return masked, labels
 
 @lru_cache(maxsize=1 << 16)
@@ -418,11 +397,9 @@ def read_image(image, side, crop=None):
         height, width = (round(edge * crop.uniform(0.7, 1)) for edge in image.shape[:2])
         top, left = crop.randint(0, image.shape[0] - height), crop.randint(0, image.shape[1] - width)
         pixels = pixels[:, top:top + height, left:left + width]
-    return pixels if pixels.shape[1:] == (side, side) else resize(pixels, [side, side], antialias=True)
+    return pixels if pixels.shape[1:] == (side, side) else torchvision.transforms.v2.functional.resize(pixels, [side, side], antialias=True)
 
-@lru_cache(maxsize=2)
-def epoch_order(n, seed, epoch):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(1000 * seed + epoch)).tolist()
+epoch_order = lru_cache(maxsize=2)(lambda n, seed, epoch: torch.randperm(n, generator=torch.Generator().manual_seed(1000 * seed + epoch)).tolist())
 
 class Samples(Dataset):
     """What one image gives to a step, by its position in the run: pixels, a caption, one phrase of it, that phrase's subject, and a
@@ -495,11 +472,9 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.query, self.out = heads, nn.Linear(width, width), nn.Linear(width, width)
         self.key_value = nn.Linear(source_width or width, 2 * width)
-
     def keys_values(self, source):
         """source (B, N, source_width) -> (2, B, heads, N, d)."""
         return self.key_value(source).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-
     def forward(self, x, keys_values, mask=None):
         """x (B, L, width) looks at (2, B, heads, N, d), where mask (B, 1 or L, N) is True: returns (B, L, width), A (B, heads, L, N)."""
         q, (keys, values) = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2), keys_values     # (B, heads, L, d)
@@ -518,7 +493,6 @@ class Layer(nn.Module):
         if image_width: self.cross_norm, self.cross_attention = nn.LayerNorm(width), Attention(width, heads, image_width)
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         if causal: self.causal_attention = Attention(width, heads)
-
     def forward(self, x, mask, image=None, causal=False):
         A, normed, mask, attention = None, self.norm(x), mask[:, None], self.causal_attention if causal else self.attention
         x = x + attention(normed, attention.keys_values(normed), mask.expand(-1, x.shape[1], -1).tril() if causal else mask)[0]
@@ -536,15 +510,14 @@ def scenes_vit(o):
     conv = lambda i, o, kernel, stride: (nn.Conv2d(i, o, kernel, stride, (kernel - stride) // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU())
     w = o.width
     stem = nn.Sequential(*conv(3, w // 2, 6, 2), *conv(w // 2, w, 5, 3), *conv(w, w, 3, 1), *conv(w, w, 3, 1))
-    return timm.models.VisionTransformer(img_size=o.image_size, patch_size=1, embed_layer=partial(timm.layers.HybridEmbed, backbone=stem), embed_dim=w, depth=1,
-                             num_heads=4, num_classes=0, class_token=False, global_pool="max")
+    embed = partial(timm.layers.HybridEmbed, backbone=stem)
+    return timm.models.VisionTransformer(img_size=o.image_size, patch_size=1, embed_layer=embed, embed_dim=w, depth=1, num_heads=4, num_classes=0,
+                                         class_token=False, global_pool="max")
 
 class HIST(nn.Module):
-    """A small ALBEF: image tokens, text tokens, fusion layers in which text looks at the image, and heads for ITC, ITM and MLM.
-
-    Or a small BLIP (arXiv 2201.12086): its only text layers are the fusion layers, without their cross-attention for ITC, with it
-    for ITM, and with causal self-attention for LM. Simplified: one [CLS] begins all three, and ends a caption.
-    """
+    """A small ALBEF: image tokens, text tokens, fusion layers in which text looks at the image, and heads for ITC, ITM and MLM. Or a small
+    BLIP (arXiv 2201.12086): its text layers are the fusion layers, without their cross-attention for ITC, with it for ITM, and with causal
+    self-attention for LM. Simplified: one [CLS] begins the text of all three, and ends a caption."""
     def __init__(self, o, vocabulary):
         super().__init__()
         self.blip = o.base == "blip"
@@ -660,18 +633,17 @@ def draw_negatives(similarity, positives, hardness):
     """
     free = ~positives
     hard = similarity.float().masked_fill(positives, -1e4).softmax(1)
-    uniform = free / free.sum(1, keepdim=True).clamp(min=1)
-    weights = ((1 - hardness) * uniform + hardness * hard) * free
+    weights = ((1 - hardness) * (free / free.sum(1, keepdim=True).clamp(min=1)) + hardness * hard) * free
     some = free.any(1)
     weights = weights + 1e-12 * free + (~some)[:, None]
     return (weights / torch.empty_like(weights).exponential_()).argmax(1), some            # torch.multinomial waits for the device
 
 def itm_loss(logits, labels, weight):
-    """Image-text matching: cross-entropy of match logits (n, 2) with labels (n,), 1 for a pair that belongs together; weight (n,) 0 leaves one out."""
+    """Image-text matching: cross-entropy of match logits (n, 2) with labels (n,), 1 for a pair that belongs together; weight (n,)."""
     return (F.cross_entropy(logits, labels, reduction="none") * weight).sum() / weight.sum().clamp(min=1)
 
 def mlm_loss(logits, labels):
-    """Language modelling: cross-entropy of word logits (n, L, words) where labels (n, L), the masked words or the next, are not -100; 0 where none is."""
+    """Language modelling: cross-entropy of word logits (n, L, words) with labels (n, L), the masked words or the next; -100 leaves one out."""
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum") / (labels != -100).sum().clamp(min=1)
 
 def next_words(ids):
@@ -719,10 +691,11 @@ def training_losses(model, batch, levels, hardness, cam_layer, teacher=None):
         labels = (torch.arange(len(texts), device=device) < len(texts) // 3).long()
         losses[f"{level}_itm"] = share(itm_loss(logits, labels, weight[:, own].flatten()), weight[:, own].sum(), weight.sum())
         if level != "subject":                                               # a subject is one word: nothing would be left to guess it from
-            read = (T[own], mask[own]) if model.blip else model.encode_text(text["masked"][own])[:2]
+            name, read, labels = (("lm", (T[own], mask[own]), next_words(text["ids"])) if model.blip else
+                                  ("mlm", model.encode_text(text["masked"][own])[:2], text["labels"]))
             states, _ = model.fuse(*read, image, rows[own], causal=model.blip)
-            labels = (next_words(text["ids"]) if model.blip else text["labels"]).masked_fill(~good[rows, None], -100)
-            losses[f"{level}_{'lm' if model.blip else 'mlm'}"] = share(mlm_loss(model.word_head(states), labels[own]), (labels[own] != -100).sum(), (labels != -100).sum())
+            labels = labels.masked_fill(~good[rows, None], -100)
+            losses[f"{level}_{name}"] = share(mlm_loss(model.word_head(states), labels[own]), (labels[own] != -100).sum(), (labels != -100).sum())
     if "composition" in levels and "composition" in batch:
         own, ids = batch["composition"]["own"], batch["composition"]["ids"]
         rows, ids = batch["composition"]["rows"][own], ids.view(3, -1, ids.shape[1])[:, own].flatten(0, 1)
@@ -730,15 +703,15 @@ def training_losses(model, batch, levels, hardness, cam_layer, teacher=None):
             image, n = [keys_values.float() for keys_values in image], len(rows)
             T, mask, _ = model.encode_text(ids)
             with torch.no_grad():                              # without a teacher the parts' maps flatten along with the composite's
-                seen, said = (image, T) if teacher is None else ([gather(kv, 1) for kv in teacher.keys_values(V.float())], teacher.encode_text(ids)[0])
-            parts, found = locate(teacher or model, said[:2 * n].detach(), mask[:2 * n], [kv.detach() for kv in seen], rows.repeat(2), cam_layer)
+                seen = [gather(kv, 1) for kv in teacher.keys_values(V.float())] if teacher else [kv.detach() for kv in image]
+                said = teacher.encode_text(ids)[0] if teacher else T.detach()
+            parts, found = locate(teacher or model, said[:2 * n], mask[:2 * n], seen, rows.repeat(2), cam_layer)
             whole, _ = locate(model, T[2 * n:], mask[2 * n:], image, rows, cam_layer, create_graph=True)
             weight = found[:n] * found[n:] * good[rows]
             losses["composition"] = share(composition_loss(parts[:n], parts[n:], whole, weight), weight.sum(), gather(weight.sum()[None]).sum())
         maps = whole.detach().flatten(1)
-        share_of = maps / maps.sum(1, keepdim=True).clamp(min=1e-12)
-        figures = {"map_mass": maps.sum(1).mean(), "pair_weight": weight.mean(),
-                   "map_entropy": torch.special.entr(share_of).sum(1).mean() / math.log(maps.shape[1])}
+        entropy = torch.special.entr(maps / maps.sum(1, keepdim=True).clamp(min=1e-12)).sum(1) / math.log(maps.shape[1])
+        figures = {"map_mass": maps.sum(1).mean(), "pair_weight": weight.mean(), "map_entropy": entropy.mean()}
     return losses, figures
 
 # ------------------------------------------------------------------------------------------------------- measures
@@ -783,8 +756,8 @@ def maps_of(model, vocabulary, images, texts, rows, o):
     return big.clamp(min=0).cpu().numpy(), match.tolist()
 
 def answer(model, vocabulary, images, questions):
-    """Answers to questions [(row, kind, cloze, choices, answer), ...] about images (B, 3, side, side): the choice that the language head thinks likeliest
-    at [MASK], or there BLIP's decoder; without [MASK], of two choices the second where text and image match."""
+    """Answers to questions [(row, kind, cloze, choices, answer), ...] about images (B, 3, side, side): the choice that the language head, or
+    BLIP's decoder, thinks likeliest at [MASK]; without [MASK], of two choices the second where text and image match."""
     image, answers = model.encode_image(images)[1], []
     for row, _, cloze, choices, _ in questions:
         lm = model.blip and "[MASK]" in cloze                  # the next word, where [MASK] is last; else each sentence as a whole
@@ -848,8 +821,8 @@ def evaluate(model, vocabulary, records, o):
         maps, _ = maps_of(model, vocabulary, images, [q[2] for q in asked], [q[0] for q in asked], o) if asked else ((), ())
         for (row, kinds, _, named, chance), heat in zip(asked, maps):
             boxes, mask = (np.logical_or.reduce([t[k] for t in named]) for k in (1, 2))
-            for kind in kinds:
-                counts.setdefault(f"pointing_{kind}", []).append((pointing_game(heat, boxes), chance, pointing_game(heat, mask), boxes.mean()))
+            hit = pointing_game(heat, boxes), chance, pointing_game(heat, mask), boxes.mean()
+            for kind in kinds: counts.setdefault(f"pointing_{kind}", []).append(hit)
             if not kinds:
                 areas, masses = zip(*((t[2].mean(), heat[t[2]].sum() / max(heat.sum(), 1e-12)) for t in named))
                 pairs.append((start + row, balance(heat, named[0][2], named[1][2]), mask.mean(), multi_object_iou(heat, mask), areas, masses))
@@ -914,10 +887,10 @@ def draw_balance(pairs, path):
         share = lambda v: np.take_along_axis(v, larger, 1)[:, 0] / np.maximum(v.sum(1), 1e-12)
         ax.scatter(share(areas), share(masses), s=6, alpha=0.4, color=f"C{colour}")
         ax.axhline(0.5, color="grey", linewidth=1)
-        ax.set(title=f"{name}: mass on the larger of two objects", xlabel="its share of both areas", ylabel="its share of the map's mass on both", ylim=(0, 1))
-        histogram.hist(balances, np.linspace(0, 1, 21), histtype="step", linewidth=2, color=f"C{colour}", label=f"{name}: mean {np.mean(balances):.2f}")
+        ax.set(title=f"{name}: the larger of two objects", xlabel="its share of both areas", ylabel="its share of the map's mass", ylim=(0, 1))
+        histogram.hist(balances, np.linspace(0, 1, 21), histtype="step", linewidth=2, color=f"C{colour}", label=f"{name}: {np.mean(balances):.2f}")
     histogram.set(title="balance of a pair's map (1: both get as much)", xlabel="smaller share over larger", ylabel="pairs")
-    histogram.legend()
+    histogram.legend(title="mean")
     figure.savefig(path, dpi=100)
 
 def draw_curves(metrics, path):
@@ -1061,18 +1034,19 @@ def train(name, levels, samples, o, steps):
                     log.flush()
                     if not RANK:
                         write_whole(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                                           "step": kept, "seconds": seconds, "teacher": teacher and teacher.state_dict(), "vocabulary": list(samples.vocabulary), "options": asdict(o),
-                                           "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}})
+                                           "teacher": teacher and teacher.state_dict(), "step": kept, "seconds": seconds, "options": asdict(o),
+                                           "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None},
+                                           "vocabulary": list(samples.vocabulary)})
                 if halt: raise KeyboardInterrupt
     if RANKS > 1: torch.distributed.barrier()                  # the checkpoint is there before anyone goes on from it
     return model, seconds
 
 # ----------------------------------------------------------------------------------------------------------- main
 TABLE = {"pointing_phrases": "pointing, phrases", "pointing_subjects": "pointing, subjects", "pointing_shared_colour": "  colour shared",
-         "pointing_shared_shape": "  shape shared", "pointing_unseen": "  pair never seen", "multi_object_iou": "multi-object IoU", "balance": "balance",
-         "r1_image_to_text": "R@1, image to text", "r1_text_to_image": "R@1, text to image", "r1_image_to_text_itm": "  ITM: i. to t.",
-         "r1_text_to_image_itm": "  ITM: t. to i.", "vqa": "VQA, mean", "vqa_colour": "  colour", "vqa_shape": "  shape", "vqa_is_there": "  is there",
-         "vqa_count": "  count", "seconds": "seconds of training"}
+         "pointing_shared_shape": "  shape shared", "pointing_unseen": "  pair never seen", "multi_object_iou": "multi-object IoU",
+         "balance": "balance", "r1_image_to_text": "R@1, image to text", "r1_text_to_image": "R@1, text to image",
+         "r1_image_to_text_itm": "  ITM: i. to t.", "r1_text_to_image_itm": "  ITM: t. to i.", "vqa": "VQA, mean", "vqa_colour": "  colour",
+         "vqa_shape": "  shape", "vqa_is_there": "  is there", "vqa_count": "  count", "seconds": "seconds of training"}
 
 def table(results):
     """The results {training: {measure: value}} as text: a measure a line, a training a column, and what chance gives."""
@@ -1098,14 +1072,14 @@ def settle(given):
     o.out = o.out or ("out/ablation" if o.ablate else f"out/{Path(o.data).stem}") + "-blip" * (o.base == "blip")
     look_at = o.ground or o.caption or o.eval
     if o.resume or o.eval_only or look_at:
-        where, pattern = ("out", "*-blip/*.pt" if o.caption else "*/*.pt") if look_at and not {"out", "data", "base"} & set(given) else (o.out, "*.pt")
+        anywhere = "*-blip/*.pt" if o.caption else "*/*.pt"
+        where, pattern = ("out", anywhere) if look_at and not {"out", "data", "base"} & set(given) else (o.out, "*.pt")
         found = sorted(Path(where).glob(pattern), key=lambda path: path.stat().st_mtime)
         folder = found[-1].parent if found else Path(o.out)    # killed before its first checkpoint, a run begins again
         insist((folder / "options.json").exists() and (found or o.resume),
                f"no checkpoint of hist.py in {where}: train first{' with --base blip' * bool(o.caption)}, or say --out FOLDER")
         once = dict(resume=False, eval_only=False, ablate=False, bench=False, ground=None, caption="", eval="", download=False, device="auto")
-        once |= {"root": ""} if o.eval else {}
-        o = Options(**{**json.loads((folder / "options.json").read_text()), **once, **given, "out": str(folder)})
+        o = Options(**{**json.loads((folder / "options.json").read_text()), **once, **({"root": ""} if o.eval else {}), **given, "out": str(folder)})
     for name, value in (SCENES if o.data == "scenes" else PHOTOS).items():
         if getattr(o, name) == getattr(Options, name): setattr(o, name, value)
     o.root = o.root or f"data/{o.eval or o.data}"
@@ -1167,8 +1141,7 @@ def run(o):
     """Train the models, or none with --eval-only, evaluate them on the same held-out records, write the table and the pictures."""
     out, models, results, pairs = Path(o.out), {}, {}, {}
     levels = {"baseline": ("caption",), "hist": tuple(o.levels.split(","))}
-    if o.eval_only:
-        held_out = readable(load_data(o)[1], o)
+    if o.eval_only: held_out = readable(load_data(o)[1], o)
     else:
         samples, held_out = prepare(o)
         if o.base_steps: train("base", ("caption",), samples, o, o.base_steps)
@@ -1207,7 +1180,7 @@ def main(argv=None):
         o = settle(command_line(argv))
         if o.device == "cuda": torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if RANKS > 1: torch.distributed.init_process_group("nccl" if o.device == "cuda" else "gloo")
-        task = "bench" if o.bench else "ablation" if o.ablate else "benchmarks" if o.eval else ""
+        task = o.bench and "bench" or o.ablate and "ablation" or o.eval and "benchmarks"
         look(o) if o.ground or o.caption else beside(task, o) if task else run(o)
         if RANKS > 1: torch.distributed.destroy_process_group()        # or a thread of it may outlive the interpreter, and abort
     except KeyboardInterrupt:

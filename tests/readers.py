@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
+from torchvision.datasets.utils import download_and_extract_archive
+
 import hist
 from hist import UserError, blaming, insist
 
@@ -232,6 +234,22 @@ def read_vqa(root, splits, bad):
                 if split == "val": r["asked"].append((str(a["answer_type"]), question, answers))
         bad.update({("image", name): f"there is no file {name} in {folder}" for name in records if name not in there})
         yield from (r for name, r in records.items() if name in there)
+
+
+# ----------------------------------------------------------------------------------------------- COCO's download
+COCO_URL = "http://images.cocodataset.org/"
+COCO_FILES = {"annotations/annotations_trainval2017.zip": "f4bbac642086de4f52a3fdda2de5fa2c",     # name: MD5
+              "zips/val2017.zip": "442b8da7639aecaf257c1dceb8ba8c80", "zips/train2017.zip": "cced6f7f71b7629ddf16f17bbcfab6b2"}
+
+
+def download_coco(root):
+    """Fetch, check and unpack what root lacks of COCO 2017; an archive that lies there already is used. A folder gets its name when it is complete."""
+    for name, md5 in COCO_FILES.items():
+        folder = "annotations" if "annotations" in name else Path(name).stem
+        if not (root / folder).exists():
+            with blaming(f"{COCO_URL}{name} (wget -c {COCO_URL}{name} in {root} goes on where it breaks)"):
+                download_and_extract_archive(COCO_URL + name, root, root / "unpacking", md5=md5, remove_finished=True)
+            (root / "unpacking" / folder).rename(root / folder)
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
