@@ -65,7 +65,7 @@ class Options:
     width: int = option(-1, "width of text and fusion layers [scenes 64, else 384; CPU 192]", 8)
     text_layers: int = option(-1, "layers of the text encoder [scenes 1, else 4; CPU 2]", 0)
     fusion_layers: int = option(-1, "layers in which text attends to the image [scenes 2, else 4; CPU 2]", 1)
-    cam_layer: int = option(-1, "fusion layer that Grad-CAM reads, 0 the first [scenes the last, else the middle]")
+    cam_layer: int = option(-1, "fusion layer that Grad-CAM reads, 0 the first [ALBEF on scenes the last, else the middle]")
     vocab_size: int = option(10_000, "words kept, most frequent first; the rest are [UNK]", 1)
     eval_images: int = option(500, "held-out images to evaluate on; 0 all of them", 0)
     save_every: int = option(200, "steps between checkpoints", 1)
@@ -1084,7 +1084,8 @@ def settle(given):
         if getattr(o, name) == getattr(Options, name): setattr(o, name, value)
     o.root = o.root or f"data/{o.eval or o.data}"
     if o.base == "blip": o.text_layers, o.fusion_layers = 0, o.text_layers + o.fusion_layers       # its text layers are all fusion layers
-    if o.cam_layer == -1: o.cam_layer = o.fusion_layers - 1 if o.data == "scenes" else (o.fusion_layers - 1) // 2   # ALBEF: the third of six
+    last = o.data == "scenes" and o.base == "albef"            # else the middle one (ALBEF's own: the third of six)
+    if o.cam_layer == -1: o.cam_layer = o.fusion_layers - 1 if last else (o.fusion_layers - 1) // 2
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     o.device = next(d for d in here if here[d]) if o.device == "auto" else o.device
     for f in fields(o):
