@@ -1084,8 +1084,7 @@ def settle(given):
         if getattr(o, name) == getattr(Options, name): setattr(o, name, value)
     o.root = o.root or f"data/{o.eval or o.data}"
     if o.base == "blip": o.text_layers, o.fusion_layers = 0, o.text_layers + o.fusion_layers       # its text layers are all fusion layers
-    last = o.data == "scenes" and o.base == "albef"            # else the middle one (ALBEF's own: the third of six)
-    if o.cam_layer == -1: o.cam_layer = o.fusion_layers - 1 if last else (o.fusion_layers - 1) // 2
+    if o.cam_layer == -1: o.cam_layer = (o.fusion_layers - 1) // (1 if o.data == "scenes" and o.base == "albef" else 2)     # ALBEF: the third of six
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     o.device = next(d for d in here if here[d]) if o.device == "auto" else o.device
     for f in fields(o):
