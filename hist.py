@@ -722,7 +722,7 @@ def training_losses(model, batch, levels, hardness, cam_layer, teacher=None):
 # ------------------------------------------------------------------------------------------------------- measures
 def pointing_game(heat, region):
     """Whether the highest point of a map (height, width) lies in a region (height, width) of truth (Zhang et al., arXiv 1608.00507)."""
-    return bool(region.flat[heat.argmax()])
+    return bool(region.reshape(-1)[heat.argmax()])
 
 def multi_object_iou(heat, union, thresholds=np.linspace(0.05, 0.95, 19)):
     """IoU of a map (height, width), cut at fractions of its maximum, with the union of the targets' masks: (thresholds,)."""
