@@ -1,7 +1,7 @@
 """HIST in one file: train a vision-language model that can point at what a phrase names.
 
 An educational implementation of "Barking Up The Syntactic Tree: Enhancing VLM Training with Syntactic Losses"
-(arXiv 2412.08110) on a small ALBEF (arXiv 2107.07651). parse.py cuts each caption into phrases, their subjects, and
+(arXiv 2412.08110) on a small ALBEF (arXiv 2107.07651) or BLIP. parse.py cuts each caption into phrases, their subjects, and
 composites of two phrases; here they become losses. No boxes are used in training.
 
     python hist.py                                          drawn scenes: no download, no GPU
@@ -12,21 +12,16 @@ composites of two phrases; here they become losses. No boxes are used in trainin
 
 Read it from top to bottom: options, data, batches, model, Grad-CAM, losses, measures, pictures, training, main.
 """
-import argparse, copy, hashlib, importlib, itertools, json, math, os, random, resource, shlex, signal, sys, textwrap, time
-from collections import Counter
+import argparse, collections, copy, hashlib, importlib, itertools, json, math, os, random, resource, shlex, signal, sys, textwrap, time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
-import numpy as np, timm, timm.data, torch, torch.distributed, torch.nn as nn, torch.nn.functional as F
+import numpy as np, timm, timm.data, torch, torch.distributed, torch.nn as nn, torch.nn.functional as F, torchvision.transforms.v2.functional
 from matplotlib.figure import Figure                     # no pyplot: it would choose a backend for whoever imports this file
 from PIL import Image, ImageDraw, ImageOps
-from timm.layers import HybridEmbed
-from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.utils import download_and_extract_archive
-from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 import parse as parser
@@ -49,11 +44,13 @@ def option(default, text, least=None):
 @dataclass
 class Options:
     """The command line. 0, -1 or "" stand for what suits the data: SCENES and PHOTOS below."""
-    data: str = option("scenes", "scenes, coco, or a file of your own records: FILE.jsonl")
-    root: str = option("data/coco", "folder of COCO's train2017/ val2017/ annotations/")
+    data: str = option("scenes", "scenes, coco, vg, flickr30k, vqa, or a file of your own records: FILE.jsonl")
+    root: str = option("", "folder of the data set, laid out as it is published [data/NAME]")
+    exclude: str = option("", "--data vg: file of image ids, Visual Genome's or COCO's, to leave out")
     download: bool = option(False, "fetch COCO 2017 into --root first (20 GB, checked)")
     out: str = option("", "folder for all that a run writes [out/NAME]")
     parses: str = option("", "file of parses to train on in place of the rules' (python parse.py --llm)")
+    base: str = option("albef", "what is trained: albef, or blip (one text stack, causal LM in place of MLM)")
     levels: str = option(",".join(LEVELS), "levels of the HIST training; 'caption' trains the baseline alone")
     base_steps: int = option(-1, "caption-only steps first, from which every training then goes on [scenes 800, else 0]", 0)
     steps: int = option(0, "optimiser steps of each training [scenes 400, else 10 epochs]", 0)
@@ -81,7 +78,10 @@ class Options:
     ablate: bool = option(False, "train every row of the ablation for --seeds seeds, and print its table")
     seeds: int = option(5, "seeds of --ablate, from --seed on", 1)
     eval_only: bool = option(False, "evaluate the checkpoints in --out, no training")
+    eval: str = option("", "a benchmark for the last checkpoints: flickr30k, refcoco, refcoco+, refcocog, refclef, karpathy, vqa")
     bench: bool = option(False, "time a step, part by part, as levels are added; and the loader alone")
+    caption: str = option("", "say what the last model trained with --base blip sees in this picture")
+    top_p: float = option(0.0, "draw the words of --caption from the likeliest of this probability together (nucleus) [0: the likeliest]", 0)
     ground: list = option(None, "draw where the last trained model looks: PICTURE PHRASE [PHRASE ...]")
 
 SCENES = dict(base_steps=800, steps=400, batch_size=64, lr=2e-3, vit="scenes", image_size=48, width=64, text_layers=1, fusion_layers=2, workers=0)
@@ -140,9 +140,8 @@ def draw_scene(rng, side, wanted, unseen):
         ink = np.float32([[[value + rng.gauss(0, 12)]] for value in COLOURS[colour]])
         spot = image[:, y:y + size, x:x + size]                # (3, size, size), a view
         spot += alpha * (ink - spot)
-        mask = np.zeros((side, side), dtype=bool)
-        mask[y:y + size, x:x + size] = alpha > 0.5
-        masks.append(mask)
+        masks.append(np.zeros((side, side), dtype=bool))
+        masks[-1][y:y + size, x:x + size] = alpha > 0.5
         objects.append({"colour": colour, "shape": shape, "x": x, "y": y, "size": size, "box": [x + x0, y + y0, x + x1, y + y1]})
     targets = [{"phrase": with_article(f"{o['colour']} {o['shape']}"), "boxes": [o["box"]], "mask": mask,
                 "tags": [tag for tag, so in (("shared_colour", shared(objects, o, "colour")), ("shared_shape", shared(objects, o, "shape")),
@@ -183,8 +182,7 @@ def describe(rng, objects, side):
 
 def ask(rng, objects):
     """Questions as [(kind, cloze, choices, answer), ...]; a statement without [MASK] asks whether it is true."""
-    once = lambda what: [o for o in objects if not shared(objects, o, what)]
-    colours, shapes = list(COLOURS), list(SHAPES)
+    once, colours, shapes = lambda what: [o for o in objects if not shared(objects, o, what)], list(COLOURS), list(SHAPES)
     there, o = {(p["colour"], p["shape"]) for p in objects}, rng.choice(objects)
     absent = [(c, s) for c in {p["colour"] for p in objects} for s in {p["shape"] for p in objects} if (c, s) not in there]
     absent = rng.choice(sorted(absent)) if absent and rng.random() < 0.5 else rng.choice(
@@ -202,25 +200,11 @@ class Scenes:
         self.n, self.side, self.stream, self.test = n, o.image_size, f"{o.seed} {name}", test
 
     def __len__(self): return self.n
-
     def __getitem__(self, i):
         rng = random.Random(f"{self.stream} {i}")
         return draw_scene(rng, self.side, rng.randint(2, 4) if self.test else rng.randint(1, min(4, 1 + i // 16000)), self.test)
 
 # ------------------------------------------------------------------------------- data: COCO, and your own images
-COCO_URL = "http://images.cocodataset.org/"
-COCO_FILES = {"annotations/annotations_trainval2017.zip": "f4bbac642086de4f52a3fdda2de5fa2c",     # name: MD5
-              "zips/val2017.zip": "442b8da7639aecaf257c1dceb8ba8c80", "zips/train2017.zip": "cced6f7f71b7629ddf16f17bbcfab6b2"}
-
-def download_coco(root):
-    """Fetch, check and unpack what root lacks of COCO 2017; an archive that lies there already is used. A folder gets its name when it is complete."""
-    for name, md5 in COCO_FILES.items():
-        folder = "annotations" if "annotations" in name else Path(name).stem
-        if not (root / folder).exists():
-            with blaming(f"{COCO_URL}{name} (wget -c {COCO_URL}{name} in {root} goes on where it breaks)"):
-                download_and_extract_archive(COCO_URL + name, root, root / "unpacking", md5=md5, remove_finished=True)
-            (root / "unpacking" / folder).rename(root / folder)
-
 @contextmanager
 def blaming(what, bad=None, line=0):
     """An error inside becomes a sentence about what: a UserError, or given bad an entry of it, {what: why}. line: the line of a JSON file."""
@@ -228,7 +212,7 @@ def blaming(what, bad=None, line=0):
         yield
     except Exception as e:                                     # PIL, timm and torch.load have as many exceptions as ways to fail
         why = f"not JSON: {e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else f"{e}" + " is missing" * isinstance(e, KeyError)
-        insist(bad is not None, f"{what}" + f", line {line - 1 + getattr(e, 'lineno', 1)}" * (line > 0) + f": {' '.join(why.split())[:300]}")
+        insist(bad is not None, f"{what}" + f", line {line - 1 + (getattr(e, 'lineno', 0) or 1)}" * (line > 0) + f": {' '.join(why.split())[:300]}")
         bad[what] = why
 
 def leave_out(bad, o, total):
@@ -302,8 +286,7 @@ def read_jsonl(path):
     """A person's own records, (train, held out), one a line: {"image": path from this file's folder, "captions": [str, …], "targets":
     [{"phrase": str, "boxes": [[x0, y0, x1, y1], …], "mask": as decode_mask takes it}, …], "split": "train", "val" or "test"}; targets, masks
     and split may be left out. UserError gives the line's number and what is wrong."""
-    listed = lambda v, good: isinstance(v, list) and v and all(map(good, v))
-    text = lambda v: isinstance(v, str)
+    text, listed = lambda v: isinstance(v, str), lambda v, good: isinstance(v, list) and v and all(map(good, v))
     box = lambda b: listed(b, lambda v: type(v) in (int, float)) and len(b) == 4 and b[0] < b[2] and b[1] < b[3]
     target = lambda t: isinstance(t, dict) and text(t.get("phrase")) and t["phrase"].strip() and listed(t.get("boxes"), box)
     train, held_out, here = [], [], path.parent
@@ -328,8 +311,9 @@ def read_jsonl(path):
 def load_data(o):
     """(training records, held-out records) of --data."""
     if o.data == "scenes": return Scenes(1_000_000, o, "train", False), Scenes(o.eval_images or 500, o, "held out", True)
+    if o.data in ("vg", "flickr30k", "vqa"): return beside("readers", o, "load")
     if o.data != "coco": return read_jsonl(Path(o.data))
-    if o.download: download_coco(Path(o.root))
+    if o.download: beside("readers", Path(o.root), "download_coco")
     return [read_coco(Path(o.root), split, o) for split in ("train", "val")]
 
 def readable(records, o):
@@ -357,7 +341,7 @@ def split_words(text):
 
 def build_vocabulary(captions, size):
     """{word: id} of the most frequent words, after the four special tokens."""
-    count = Counter(w for c in captions for w in split_words(c))
+    count = collections.Counter(w for c in captions for w in split_words(c))
     return {w: i for i, w in enumerate(["[PAD]", "[CLS]", "[MASK]", "[UNK]"] + [w for w, _ in count.most_common(size)])}
 
 def encode(vocabulary, text):
@@ -374,8 +358,7 @@ def mask_words(ids, rng, words):
     known = [i for i in range(1, len(ids)) if ids[i] != UNK]
     masked, labels = list(ids), [-100] * len(ids)
     for i in [i for i in known if rng.random() < 0.3] or known[:1] and [rng.choice(known)]:
-        labels[i] = ids[i]
-        masked[i] = rng.choices((MASK, ids[i], rng.randrange(UNK, words)), (8, 1, 1))[0]
+        labels[i], masked[i] = ids[i], rng.choices((MASK, ids[i], rng.randrange(UNK, words)), (8, 1, 1))[0]
     return masked, labels
 
 @lru_cache(maxsize=1 << 16)
@@ -414,11 +397,9 @@ def read_image(image, side, crop=None):
         height, width = (round(edge * crop.uniform(0.7, 1)) for edge in image.shape[:2])
         top, left = crop.randint(0, image.shape[0] - height), crop.randint(0, image.shape[1] - width)
         pixels = pixels[:, top:top + height, left:left + width]
-    return pixels if pixels.shape[1:] == (side, side) else resize(pixels, [side, side], antialias=True)
+    return pixels if pixels.shape[1:] == (side, side) else torchvision.transforms.v2.functional.resize(pixels, [side, side], antialias=True)
 
-@lru_cache(maxsize=2)
-def epoch_order(n, seed, epoch):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(1000 * seed + epoch)).tolist()
+epoch_order = lru_cache(maxsize=2)(lambda n, seed, epoch: torch.randperm(n, generator=torch.Generator().manual_seed(1000 * seed + epoch)).tolist())
 
 class Samples(Dataset):
     """What one image gives to a step, by its position in the run: pixels, a caption, one phrase of it, that phrase's subject, and a
@@ -444,9 +425,10 @@ class Samples(Dataset):
         text = {"caption": record["captions"][n]}
         if parses[n]:
             text["phrase"], text["subject"] = rng.choice(parses[n])
-            others = [p for p, _ in parses[n] if key(p) != key(text["phrase"])]
+            regions = [p for m, row in enumerate(parses) if m != n for p in row] if self.o.data == "vg" else parses[n]      # a caption is a region
+            others = [p for p, _ in regions if key(p) != key(text["phrase"])]
             if others:
-                one, two = sorted((text["phrase"], rng.choice(others)), key=text["caption"].index)
+                one, two = sorted((text["phrase"], rng.choice(others)), key=text["caption"].find)
                 composite = one, two, f"{one} and {two}"
         texts = {level: (ids := encode(self.vocabulary, t), *mask_words(ids, rng, len(self.vocabulary)), key(t)) for level, t in text.items()}
         if position * RANKS // (self.o.batch_size // self.o.accumulate) % RANKS == RANK:
@@ -490,31 +472,30 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.query, self.out = heads, nn.Linear(width, width), nn.Linear(width, width)
         self.key_value = nn.Linear(source_width or width, 2 * width)
-
     def keys_values(self, source):
         """source (B, N, source_width) -> (2, B, heads, N, d)."""
         return self.key_value(source).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-
     def forward(self, x, keys_values, mask=None):
-        """x (B, L, width) looks at (2, B, heads, N, d), where mask (B, N) is True: returns (B, L, width), A (B, heads, L, N)."""
+        """x (B, L, width) looks at (2, B, heads, N, d), where mask (B, 1 or L, N) is True: returns (B, L, width), A (B, heads, L, N)."""
         q, (keys, values) = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2), keys_values     # (B, heads, L, d)
         scores = q @ keys.transpose(-2, -1) / math.sqrt(q.shape[-1])                       # (B, heads, L, N)
-        if mask is not None: scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
+        if mask is not None: scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
         A = scores.softmax(-1)
         return self.out((A @ values).transpose(1, 2).flatten(2)), A
 
 class Layer(nn.Module):
-    """A transformer layer, norms first; given an image width, one that also looks at the image."""
-    def __init__(self, width, image_width=None):
+    """A transformer layer, norms first; given an image width, one that also looks at the image; causal, one that can also decode (BLIP):
+    then a word sees those before it only, by a self-attention of its own, and all else is shared."""
+    def __init__(self, width, image_width=None, causal=False):
         super().__init__()
         heads = max(4, width // 64)
         self.norm, self.attention = nn.LayerNorm(width), Attention(width, heads)
         if image_width: self.cross_norm, self.cross_attention = nn.LayerNorm(width), Attention(width, heads, image_width)
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x, mask, image=None):
-        A, normed = None, self.norm(x)
-        x = x + self.attention(normed, self.attention.keys_values(normed), mask)[0]
+        if causal: self.causal_attention = Attention(width, heads)
+    def forward(self, x, mask, image=None, causal=False):
+        A, normed, mask, attention = None, self.norm(x), mask[:, None], self.causal_attention if causal else self.attention
+        x = x + attention(normed, attention.keys_values(normed), mask.expand(-1, x.shape[1], -1).tril() if causal else mask)[0]
         if image is not None:
             seen, A = self.cross_attention(self.cross_norm(x), image)
             x = x + seen
@@ -529,13 +510,17 @@ def scenes_vit(o):
     conv = lambda i, o, kernel, stride: (nn.Conv2d(i, o, kernel, stride, (kernel - stride) // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU())
     w = o.width
     stem = nn.Sequential(*conv(3, w // 2, 6, 2), *conv(w // 2, w, 5, 3), *conv(w, w, 3, 1), *conv(w, w, 3, 1))
-    return VisionTransformer(img_size=o.image_size, patch_size=1, embed_layer=partial(HybridEmbed, backbone=stem), embed_dim=w, depth=1,
-                             num_heads=4, num_classes=0, class_token=False, global_pool="max")
+    embed = partial(timm.layers.HybridEmbed, backbone=stem)
+    return timm.models.VisionTransformer(img_size=o.image_size, patch_size=1, embed_layer=embed, embed_dim=w, depth=1, num_heads=4, num_classes=0,
+                                         class_token=False, global_pool="max")
 
 class HIST(nn.Module):
-    """A small ALBEF: image tokens, text tokens, fusion layers in which text looks at the image, and heads for ITC, ITM and MLM."""
+    """A small ALBEF: image tokens, text tokens, fusion layers in which text looks at the image, and heads for ITC, ITM and MLM. Or a small
+    BLIP (arXiv 2201.12086): its text layers are the fusion layers, without their cross-attention for ITC, with it for ITM, and with causal
+    self-attention for LM. Simplified: one [CLS] begins the text of all three, and ends a caption."""
     def __init__(self, o, vocabulary):
         super().__init__()
+        self.blip = o.base == "blip"
         with blaming(f"--vit {o.vit} --image-size {o.image_size}{' --pretrained (fetched once, by way of the network)' * o.pretrained}"):
             self.vit = scenes_vit(o) if o.vit == "scenes" else timm.create_model(o.vit, pretrained=o.pretrained, num_classes=0, img_size=o.image_size)
             insist(all(hasattr(self.vit, part) for part in ("patch_embed", "blocks", "num_prefix_tokens")), "no ViT; see timm.list_models('vit*')")
@@ -548,7 +533,7 @@ class HIST(nn.Module):
         self.words = nn.Embedding(len(vocabulary), o.width)
         self.places = nn.Parameter(0.02 * torch.randn(MAX_TOKENS, o.width))
         self.text = nn.ModuleList(Layer(o.width) for _ in range(o.text_layers))
-        self.fusion = nn.ModuleList(Layer(o.width, D) for _ in range(o.fusion_layers))
+        self.fusion = nn.ModuleList(Layer(o.width, D, self.blip) for _ in range(o.fusion_layers))
         self.norm = nn.LayerNorm(o.width)
         self.image_projection, self.text_projection = nn.Linear(D, 256), nn.Linear(o.width, 256)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.07)))
@@ -558,22 +543,26 @@ class HIST(nn.Module):
         self.word_head[-1].weight = self.words.weight
 
     def encode_image(self, images):
-        """images (B, 3, side, side) uint8 -> ITC features (B, 256), and keys and values for each fusion layer [(2, B, heads, N, d), …]."""
+        """images (B, 3, side, side) uint8 -> ITC features (B, 256), keys and values for each fusion layer, image tokens V (B, N, D)."""
         V = self.vit.forward_features((images / self.scale - self.shift).float())          # (B, N, D), [CLS] first if there is one
         pooled = self.vit.forward_head(V, pre_logits=True)                                 # (B, D): [CLS], mean or max, as this ViT pools
-        return F.normalize(self.image_projection(pooled).float(), dim=-1), [f.cross_attention.keys_values(V) for f in self.fusion]
+        return F.normalize(self.image_projection(pooled).float(), dim=-1), self.keys_values(V), V
+
+    def keys_values(self, V):
+        """Image tokens V (B, N, D) -> keys and values for each fusion layer [(2, B, heads, N, d), …]."""
+        return [f.cross_attention.keys_values(V) for f in self.fusion]
 
     def encode_text(self, ids):
-        """ids (n, L) -> token states (n, L, width), mask (n, L), ITC features (n, 256)."""
-        mask, T = ids != PAD, self.words(ids) + self.places[:ids.shape[1]]
-        for layer in self.text: T, _ = layer(T, mask)
-        return T, mask, F.normalize(self.text_projection(T[:, 0]).float(), dim=-1)
+        """ids (n, L) -> token states to fuse (n, L, width), BLIP's before any layer; mask (n, L); ITC features (n, 256)."""
+        mask, T = ids != PAD, (words := self.words(ids) + self.places[:ids.shape[1]])
+        for layer in self.fusion if self.blip else self.text: T, _ = layer(T, mask)
+        return words if self.blip else T, mask, F.normalize(self.text_projection(T[:, 0]).float(), dim=-1)
 
-    def fuse(self, T, mask, image, rows):
+    def fuse(self, T, mask, image, rows, causal=False):
         """Texts (n, L, width) with the images of these rows (n,) -> states (n, L, width), cross-attentions [(n, heads, L, N), …]."""
         maps = []
         for layer, keys_values in zip(self.fusion, image):
-            T, A = layer(T, mask, keys_values.index_select(1, rows))
+            T, A = layer(T, mask, keys_values.index_select(1, rows), causal)
             maps.append(A)
         return self.norm(T), maps
 
@@ -644,19 +633,23 @@ def draw_negatives(similarity, positives, hardness):
     """
     free = ~positives
     hard = similarity.float().masked_fill(positives, -1e4).softmax(1)
-    uniform = free / free.sum(1, keepdim=True).clamp(min=1)
-    weights = ((1 - hardness) * uniform + hardness * hard) * free
+    weights = ((1 - hardness) * (free / free.sum(1, keepdim=True).clamp(min=1)) + hardness * hard) * free
     some = free.any(1)
     weights = weights + 1e-12 * free + (~some)[:, None]
     return (weights / torch.empty_like(weights).exponential_()).argmax(1), some            # torch.multinomial waits for the device
 
 def itm_loss(logits, labels, weight):
-    """Image-text matching: cross-entropy of match logits (n, 2) with labels (n,), 1 for a pair that belongs together; weight (n,) 0 leaves one out."""
+    """Image-text matching: cross-entropy of match logits (n, 2) with labels (n,), 1 for a pair that belongs together; weight (n,)."""
     return (F.cross_entropy(logits, labels, reduction="none") * weight).sum() / weight.sum().clamp(min=1)
 
 def mlm_loss(logits, labels):
-    """Masked language modelling: cross-entropy of word logits (n, L, words) where labels (n, L) are not -100; 0 where none is."""
+    """Language modelling: cross-entropy of word logits (n, L, words) with labels (n, L), the masked words or the next; -100 leaves one out."""
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum") / (labels != -100).sum().clamp(min=1)
+
+def next_words(ids):
+    """Labels of causal LM for texts (n, L): at each place the next word; at the last the end, [CLS] again (id 1); at padding (id 0) -100."""
+    following = F.pad(ids[:, 1:], (0, 1))
+    return following.masked_fill(following == 0, 1).masked_fill(ids == 0, -100)
 
 def composition_loss(part1, part2, whole, weight=None, eps=1e-12):
     """The map of "p1 and p2" should be the sum of the maps of p1 and p2: || n(M12) - n(n(M1) + n(M2)) ||_1, n(M) = M / sum M.
@@ -676,7 +669,7 @@ def training_losses(model, batch, levels, hardness, cam_layer, teacher=None):
     Each rank encodes its own images, and gathers those of all; fuses its own images' texts, and their negatives from anywhere.
     """
     losses, figures = {}, {}
-    own_features, own_image = model.encode_image(batch["image"])
+    own_features, own_image, V = model.encode_image(batch["image"])
     image_features, image = gather(own_features), [gather(keys_values, 1) for keys_values in own_image]
     good = gather(batch.get("good", torch.ones_like(own_features[:, 0], dtype=torch.bool)))
     temperature, device = model.log_temperature.exp().clamp(0.01, 1), good.device
@@ -698,9 +691,11 @@ def training_losses(model, batch, levels, hardness, cam_layer, teacher=None):
         labels = (torch.arange(len(texts), device=device) < len(texts) // 3).long()
         losses[f"{level}_itm"] = share(itm_loss(logits, labels, weight[:, own].flatten()), weight[:, own].sum(), weight.sum())
         if level != "subject":                                               # a subject is one word: nothing would be left to guess it from
-            states, _ = model.fuse(*model.encode_text(text["masked"][own])[:2], image, rows[own])
-            labels = text["labels"].masked_fill(~good[rows, None], -100)
-            losses[f"{level}_mlm"] = share(mlm_loss(model.word_head(states), labels[own]), (labels[own] != -100).sum(), (labels != -100).sum())
+            name, read, labels = (("lm", (T[own], mask[own]), next_words(text["ids"])) if model.blip else
+                                  ("mlm", model.encode_text(text["masked"][own])[:2], text["labels"]))
+            states, _ = model.fuse(*read, image, rows[own], causal=model.blip)
+            labels = labels.masked_fill(~good[rows, None], -100)
+            losses[f"{level}_{name}"] = share(mlm_loss(model.word_head(states), labels[own]), (labels[own] != -100).sum(), (labels != -100).sum())
     if "composition" in levels and "composition" in batch:
         own, ids = batch["composition"]["own"], batch["composition"]["ids"]
         rows, ids = batch["composition"]["rows"][own], ids.view(3, -1, ids.shape[1])[:, own].flatten(0, 1)
@@ -708,15 +703,15 @@ def training_losses(model, batch, levels, hardness, cam_layer, teacher=None):
             image, n = [keys_values.float() for keys_values in image], len(rows)
             T, mask, _ = model.encode_text(ids)
             with torch.no_grad():                              # without a teacher the parts' maps flatten along with the composite's
-                seen, said = (image, T) if teacher is None else ([gather(kv, 1) for kv in teacher.encode_image(batch["image"])[1]], teacher.encode_text(ids)[0])
-            parts, found = locate(teacher or model, said[:2 * n].detach(), mask[:2 * n], [kv.detach() for kv in seen], rows.repeat(2), cam_layer)
+                seen = [gather(kv, 1) for kv in teacher.keys_values(V.float())] if teacher else [kv.detach() for kv in image]
+                said = teacher.encode_text(ids)[0] if teacher else T.detach()
+            parts, found = locate(teacher or model, said[:2 * n], mask[:2 * n], seen, rows.repeat(2), cam_layer)
             whole, _ = locate(model, T[2 * n:], mask[2 * n:], image, rows, cam_layer, create_graph=True)
             weight = found[:n] * found[n:] * good[rows]
             losses["composition"] = share(composition_loss(parts[:n], parts[n:], whole, weight), weight.sum(), gather(weight.sum()[None]).sum())
         maps = whole.detach().flatten(1)
-        share_of = maps / maps.sum(1, keepdim=True).clamp(min=1e-12)
-        figures = {"map_mass": maps.sum(1).mean(), "pair_weight": weight.mean(),
-                   "map_entropy": torch.special.entr(share_of).sum(1).mean() / math.log(maps.shape[1])}
+        entropy = torch.special.entr(maps / maps.sum(1, keepdim=True).clamp(min=1e-12)).sum(1) / math.log(maps.shape[1])
+        figures = {"map_mass": maps.sum(1).mean(), "pair_weight": weight.mean(), "map_entropy": entropy.mean()}
     return losses, figures
 
 # ------------------------------------------------------------------------------------------------------- measures
@@ -754,21 +749,40 @@ def truth(record, side):
 def maps_of(model, vocabulary, images, texts, rows, o):
     """Maps at pixel size (n, side, side), bicubic, of n texts over the images (B, 3, side, side) of these rows; match probabilities (n,)."""
     model.eval()
-    _, image = model.encode_image(images)
+    image = model.encode_image(images)[1]
     T, mask, _ = model.encode_text(pad([encode(vocabulary, t) for t in texts]).to(images.device))
     maps, match = locate(model, T, mask, image, torch.tensor(rows, device=images.device), o.cam_layer)
     big = F.interpolate(maps.detach()[:, None].float(), size=images.shape[2:], mode="bicubic")[:, 0]
     return big.clamp(min=0).cpu().numpy(), match.tolist()
 
 def answer(model, vocabulary, images, questions):
-    """Answers to questions [(row, kind, cloze, choices, answer), ...] about images (B, 3, side, side): the choice that the language
-    head thinks likeliest at [MASK]; without [MASK], the last choice where text and image match, else the first."""
-    ids = pad([encode(vocabulary, cloze) for _, _, cloze, _, _ in questions]).to(images.device)
-    states, _ = model.fuse(*model.encode_text(ids)[:2], model.encode_image(images)[1], torch.tensor([q[0] for q in questions], device=images.device))
-    match, words = model.match_head(states[:, 0]).argmax(-1), model.word_head(states)
-    hidden = [(row == MASK).nonzero()[:1, 0] for row in ids]
-    return [choices[-int(match[i])] if not len(hidden[i]) and match[i] else choices[0] if not len(hidden[i]) else
-            choices[int(words[i, hidden[i][0]][[vocabulary.get(c, UNK) for c in choices]].argmax())] for i, (*_, choices, _) in enumerate(questions)]
+    """Answers to questions [(row, kind, cloze, choices, answer), ...] about images (B, 3, side, side): the choice that the language head, or
+    BLIP's decoder, thinks likeliest at [MASK]; without [MASK], of two choices the second where text and image match."""
+    image, answers = model.encode_image(images)[1], []
+    for row, _, cloze, choices, _ in questions:
+        lm = model.blip and "[MASK]" in cloze                  # the next word, where [MASK] is last; else each sentence as a whole
+        texts = [cloze.replace("[MASK]", c) for c in choices] if lm and not cloze.endswith("[MASK]") else [cloze]
+        ids = pad([encode(vocabulary, text) for text in texts]).to(images.device)
+        states, _ = model.fuse(*model.encode_text(ids)[:2], image, torch.full_like(ids[:, 0], row), causal=lm)
+        if MASK in ids: score = model.word_head(states[0, ids[0].tolist().index(MASK) - lm])[[vocabulary.get(c, UNK) for c in choices]]
+        elif lm: score = -F.cross_entropy(model.word_head(states).transpose(1, 2), next_words(ids), reduction="none").sum(1)
+        else: score = model.match_head(states[0, 0])
+        answers.append(choices[int(score.argmax())])
+    return answers
+
+@torch.no_grad()
+def generate(model, vocabulary, image, top_p=0):
+    """A caption of an image (3, side, side), word by word: the likeliest, or one drawn from the likeliest whose probability is top_p together."""
+    ids, words = torch.tensor([[CLS]], device=image.device), list(vocabulary)
+    model.eval()
+    keys_values = model.encode_image(image[None])[1]
+    while ids.shape[1] < MAX_TOKENS and (ids.shape[1] == 1 or ids[0, -1] != CLS):
+        states, _ = model.fuse(*model.encode_text(ids)[:2], keys_values, torch.zeros_like(ids[:, 0]), causal=True)
+        logits = model.word_head(states[0, -1]).index_fill(0, torch.tensor([PAD, MASK, UNK], device=image.device), -torch.inf)
+        probability, order = logits.softmax(-1).sort(descending=True)
+        probability[1:][probability.cumsum(0)[:-1] >= top_p] = 0           # nucleus sampling (arXiv 1904.09751)
+        ids = torch.cat([ids, order[torch.multinomial(probability, 1)][None]], 1)
+    return " ".join(words[i] for i in ids[0].tolist() if i != CLS)
 
 def rerank(model, images, T, mask, similarity, k=16):
     """ITM probabilities of each image (N of them, a callable gives a slice) with its k captions that ITC likes best, and of each
@@ -777,34 +791,11 @@ def rerank(model, images, T, mask, similarity, k=16):
     best = [torch.zeros_like(similarity, dtype=torch.bool).scatter_(d, similarity.topk(min(k, (M, N)[1 - d]), dim=d).indices, True) for d in (1, 0)]
     score = torch.full_like(similarity, -torch.inf)
     for start in range(0, N, 32):
-        _, image = model.encode_image(images(start, start + 32))
+        image = model.encode_image(images(start, start + 32))[1]
         for pairs in (best[0] | best[1])[start:start + 32].nonzero().split(512):
             logits, _ = model.match(T[pairs[:, 1]], mask[pairs[:, 1]], image, pairs[:, 0])
             score[start + pairs[:, 0], pairs[:, 1]] = logits.softmax(-1)[:, 1]
     return [score.masked_fill(~chosen, -torch.inf) for chosen in best]
-
-def occlusion_agreement(model, vocabulary, image, phrase, o):
-    """Rank correlation (Spearman) of the Grad-CAM map of a phrase with the drop of its match logit when each patch is greyed; nan where one is flat."""
-    (height, width), device = model.grid, next(model.parameters()).device
-    pixels = read_image(image, o.image_size).to(device)
-    rows, columns = (torch.arange(o.image_size, device=device) * n // o.image_size for n in (height, width))
-    patch = rows[:, None] * width + columns                                                # (side, side): the patch of each pixel
-    hidden = patch == torch.arange(height * width, device=device)[:, None, None]         # (patches, side, side)
-    grey = pixels.flatten(1).float().mean(1).to(pixels.dtype)[:, None, None]
-    images = torch.cat([pixels[None], torch.where(hidden[:, None], grey, pixels)])         # the image whole, then without each patch
-    _, kv = model.encode_image(images)
-    T, mask, _ = model.encode_text(pad([encode(vocabulary, phrase)]).to(device))
-    score = model.match(T.expand(len(images), -1, -1), mask.expand(len(images), -1), kv, torch.arange(len(images), device=device))[0][:, 1]
-    heat, _ = locate(model, T, mask, [x[:, :1] for x in kv], torch.zeros(1, dtype=torch.long, device=device), o.cam_layer)
-    ranks = torch.stack([heat.detach().flatten(), score[0] - score[1:]]).argsort(1).argsort(1).float()
-    return float(torch.corrcoef(ranks)[0, 1])
-
-def subjects_found(records):
-    """(precision, recall, F1) of the parser's (phrase, subject) pairs against what the captions of these scenes say by construction."""
-    found, said = ([Counter((i, *pair) for i, r in enumerate(records) for pair in pairs(r))
-                    for pairs in (lambda r: phrases_of(r["captions"][0]), lambda r: r["said"])])
-    precision, recall = ((found & said).total() / max(1, c.total()) for c in (found, said))
-    return precision, recall, 2 * precision * recall / max(1e-12, precision + recall)
 
 @torch.no_grad()
 def evaluate(model, vocabulary, records, o):
@@ -830,8 +821,8 @@ def evaluate(model, vocabulary, records, o):
         maps, _ = maps_of(model, vocabulary, images, [q[2] for q in asked], [q[0] for q in asked], o) if asked else ((), ())
         for (row, kinds, _, named, chance), heat in zip(asked, maps):
             boxes, mask = (np.logical_or.reduce([t[k] for t in named]) for k in (1, 2))
-            for kind in kinds:
-                counts.setdefault(f"pointing_{kind}", []).append((pointing_game(heat, boxes), chance, pointing_game(heat, mask), boxes.mean()))
+            hit = pointing_game(heat, boxes), chance, pointing_game(heat, mask), boxes.mean()
+            for kind in kinds: counts.setdefault(f"pointing_{kind}", []).append(hit)
             if not kinds:
                 areas, masses = zip(*((t[2].mean(), heat[t[2]].sum() / max(heat.sum(), 1e-12)) for t in named))
                 pairs.append((start + row, balance(heat, named[0][2], named[1][2]), mask.mean(), multi_object_iou(heat, mask), areas, masses))
@@ -852,8 +843,6 @@ def evaluate(model, vocabulary, records, o):
         result[f"r1_image_to_text{name}_chance"] = result[f"r1_text_to_image{name}_chance"] = 1 / len(records)
     kinds = [k for k in counts if k.startswith("vqa_")]
     result |= {f"vqa{name}": np.mean([result[f"{kind}{name}"] for kind in kinds]) for name in ("", "_chance") if kinds}
-    agreement = [occlusion_agreement(model, vocabulary, r["image"], t["phrase"], o) for r in records[:32] for t in r["targets"][:2]]
-    result |= {"occlusion": np.nanmean(agreement), "occlusion_chance": 0} if agreement else {}
     return {k: round(float(v), 5) for k, v in result.items()}, pairs
 
 # ------------------------------------------------------------------------------------------------------- pictures
@@ -874,10 +863,10 @@ def draw_grounding(models, vocabulary, records, o, path):
     figure = Figure(figsize=(2.6 * len(rows[0]), 2.75 * len(rows) + 1), layout="constrained")
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for ax, (picture, (text, heat, region)) in zip(axes.flat, itertools.chain(*rows)):
-        ax.imshow(picture, extent=(0, 1, 1, 0), aspect=picture.shape[0] / picture.shape[1])
+        shown = partial(ax.imshow, extent=(0, 1, 1, 0), aspect=picture.shape[0] / picture.shape[1])
+        shown(picture)
         if heat is not None:
-            colours = ax.imshow(heat / max(heat.max(), 1e-12), extent=(0, 1, 1, 0), aspect="auto", cmap="inferno", alpha=0.7, vmin=0, vmax=1)
-            ax.set_aspect(picture.shape[0] / picture.shape[1])
+            colours = shown(heat / max(heat.max(), 1e-12), cmap="inferno", alpha=0.7, vmin=0, vmax=1)
             y, x = divmod(int(heat.argmax()), heat.shape[1])
             ax.plot((x + 0.5) / heat.shape[1], (y + 0.5) / heat.shape[0], "x", color="cyan", markersize=9, markeredgewidth=2)
         if region is not None: ax.contour(region, [0.5], extent=(0, 1, 0, 1), colors="white", linewidths=1.5)
@@ -898,10 +887,10 @@ def draw_balance(pairs, path):
         share = lambda v: np.take_along_axis(v, larger, 1)[:, 0] / np.maximum(v.sum(1), 1e-12)
         ax.scatter(share(areas), share(masses), s=6, alpha=0.4, color=f"C{colour}")
         ax.axhline(0.5, color="grey", linewidth=1)
-        ax.set(title=f"{name}: mass on the larger of two objects", xlabel="its share of both areas", ylabel="its share of the map's mass on both", ylim=(0, 1))
-        histogram.hist(balances, np.linspace(0, 1, 21), histtype="step", linewidth=2, color=f"C{colour}", label=f"{name}: mean {np.mean(balances):.2f}")
+        ax.set(title=f"{name}: the larger of two objects", xlabel="its share of both areas", ylabel="its share of the map's mass", ylim=(0, 1))
+        histogram.hist(balances, np.linspace(0, 1, 21), histtype="step", linewidth=2, color=f"C{colour}", label=f"{name}: {np.mean(balances):.2f}")
     histogram.set(title="balance of a pair's map (1: both get as much)", xlabel="smaller share over larger", ylabel="pairs")
-    histogram.legend()
+    histogram.legend(title="mean")
     figure.savefig(path, dpi=100)
 
 def draw_curves(metrics, path):
@@ -976,10 +965,10 @@ def train(name, levels, samples, o, steps):
     path, metrics, base = out / f"{name}.pt", out / "metrics.jsonl", o.base_steps and name != "base"
     first, start, seconds, again = o.base_steps if base else 0, 0, 0.0, o.resume and path.exists()
     torch.manual_seed(o.seed)
-    model = HIST(o, samples.vocabulary).to(o.device)
     if again or base:
         model, vocabulary, saved = restore(path if again else out / "base.pt", o)
         insist(vocabulary == samples.vocabulary, f"{path} was trained on other captions: --resume goes on with the same --data")
+    else: model = HIST(o, samples.vocabulary).to(o.device)
     if RANKS > 1 and cuda: model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if o.compile: model.vit.blocks.compile()                   # in place: a copy has its own; the rest has new lengths, and second derivatives
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr / (2 if base else 1), weight_decay=0.02, betas=(0.9, 0.98), fused=o.device != "mps")
@@ -1045,18 +1034,19 @@ def train(name, levels, samples, o, steps):
                     log.flush()
                     if not RANK:
                         write_whole(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                                           "step": kept, "seconds": seconds, "teacher": teacher and teacher.state_dict(), "vocabulary": list(samples.vocabulary), "options": asdict(o),
-                                           "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}})
+                                           "teacher": teacher and teacher.state_dict(), "step": kept, "seconds": seconds, "options": asdict(o),
+                                           "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None},
+                                           "vocabulary": list(samples.vocabulary)})
                 if halt: raise KeyboardInterrupt
     if RANKS > 1: torch.distributed.barrier()                  # the checkpoint is there before anyone goes on from it
     return model, seconds
 
 # ----------------------------------------------------------------------------------------------------------- main
 TABLE = {"pointing_phrases": "pointing, phrases", "pointing_subjects": "pointing, subjects", "pointing_shared_colour": "  colour shared",
-         "pointing_shared_shape": "  shape shared", "pointing_unseen": "  pair never seen", "multi_object_iou": "multi-object IoU", "balance": "balance",
-         "r1_image_to_text": "R@1, image to text", "r1_text_to_image": "R@1, text to image", "r1_image_to_text_itm": "  ITM: i. to t.",
-         "r1_text_to_image_itm": "  ITM: t. to i.", "vqa": "VQA, mean", "vqa_colour": "  colour", "vqa_shape": "  shape", "vqa_is_there": "  is there",
-         "vqa_count": "  count", "occlusion": "occlusion, rank r", "seconds": "seconds of training"}
+         "pointing_shared_shape": "  shape shared", "pointing_unseen": "  pair never seen", "multi_object_iou": "multi-object IoU",
+         "balance": "balance", "r1_image_to_text": "R@1, image to text", "r1_text_to_image": "R@1, text to image",
+         "r1_image_to_text_itm": "  ITM: i. to t.", "r1_text_to_image_itm": "  ITM: t. to i.", "vqa": "VQA, mean", "vqa_colour": "  colour",
+         "vqa_shape": "  shape", "vqa_is_there": "  is there", "vqa_count": "  count", "seconds": "seconds of training"}
 
 def table(results):
     """The results {training: {measure: value}} as text: a measure a line, a training a column, and what chance gives."""
@@ -1079,16 +1069,21 @@ def command_line(argv=None):
 def settle(given):
     """Options from what was typed, then of the run that it goes on from, if any, then what suits the data."""
     o = Options(**given)
-    o.out = o.out or ("out/ablation" if o.ablate else f"out/{Path(o.data).stem}")
-    if o.resume or o.eval_only or o.ground:
-        where, pattern = ("out", "*/*.pt") if o.ground and not {"out", "data"} & set(given) else (o.out, "*.pt")
+    o.out = o.out or ("out/ablation" if o.ablate else f"out/{Path(o.data).stem}") + "-blip" * (o.base == "blip")
+    look_at = o.ground or o.caption or o.eval
+    if o.resume or o.eval_only or look_at:
+        anywhere = "*-blip/*.pt" if o.caption else "*/*.pt"
+        where, pattern = ("out", anywhere) if look_at and not {"out", "data", "base"} & set(given) else (o.out, "*.pt")
         found = sorted(Path(where).glob(pattern), key=lambda path: path.stat().st_mtime)
         folder = found[-1].parent if found else Path(o.out)    # killed before its first checkpoint, a run begins again
-        insist((folder / "options.json").exists() and (found or o.resume), f"no checkpoint of hist.py in {where}: train first, or say --out FOLDER")
-        once = dict(resume=False, eval_only=False, ablate=False, bench=False, ground=None, download=False, device="auto")
-        o = Options(**{**json.loads((folder / "options.json").read_text()), **once, **given, "out": str(folder)})
+        insist((folder / "options.json").exists() and (found or o.resume),
+               f"no checkpoint of hist.py in {where}: train first{' with --base blip' * bool(o.caption)}, or say --out FOLDER")
+        once = dict(resume=False, eval_only=False, ablate=False, bench=False, ground=None, caption="", eval="", download=False, device="auto")
+        o = Options(**{**json.loads((folder / "options.json").read_text()), **once, **({"root": ""} if o.eval else {}), **given, "out": str(folder)})
     for name, value in (SCENES if o.data == "scenes" else PHOTOS).items():
         if getattr(o, name) == getattr(Options, name): setattr(o, name, value)
+    o.root = o.root or f"data/{o.eval or o.data}"
+    if o.base == "blip": o.text_layers, o.fusion_layers = 0, o.text_layers + o.fusion_layers       # its text layers are all fusion layers
     if o.cam_layer == -1: o.cam_layer = o.fusion_layers - 1 if o.data == "scenes" else (o.fusion_layers - 1) // 2   # ALBEF: the third of six
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     o.device = next(d for d in here if here[d]) if o.device == "auto" else o.device
@@ -1097,24 +1092,30 @@ def settle(given):
         insist(least is None or value >= least, f"--{f.name.replace('_', '-')} {value}: at least {least}, please")
     insist(o.width % max(4, o.width // 64) == 0, f"--width {o.width}: take a multiple of 64, so that its heads are of one size")
     insist(0 <= o.cam_layer < o.fusion_layers, f"--cam-layer {o.cam_layer}: there are {o.fusion_layers} fusion layers, 0 the first")
+    insist(o.base in ("albef", "blip"), f"--base {o.base}: albef or blip")
     insist(set(o.levels.split(",")) <= set(LEVELS), f"--levels {o.levels}: the levels are {','.join(LEVELS)}")
     insist(not o.parses or o.data != "scenes", "--parses: scenes are drawn without end and parsed as they come; say --data coco or --data FILE.jsonl")
     insist(not o.pretrained or o.vit != "scenes", "--pretrained: the model of the scenes has no pretrained weights; say --vit NAME")
     insist(o.batch_size % (o.accumulate * RANKS) == 0, f"--batch-size {o.batch_size}: take a multiple of --accumulate {o.accumulate} x {RANKS} GPUs")
-    insist(RANKS == 1 or not (o.ablate or o.bench), "--ablate and --bench run on one GPU: start them without torchrun")
+    insist(RANKS == 1 or not (o.ablate or o.bench or o.eval), "--ablate, --bench and --eval run on one GPU: start them without torchrun")
+    insist(not o.exclude or o.data == "vg", "--exclude goes with --data vg")
     insist(here.get(o.device), f"--device {o.device}: auto, or what this machine has: {', '.join(d for d in here if here[d])}")
     return o
 
-def ground(o):
-    """--ground PICTURE PHRASE …: where the last trained model looks, over a person's own picture."""
-    picture, *phrases = o.ground
-    insist(phrases, '--ground PICTURE "a red circle" "a blue star": say at least one phrase')
-    insist(Path(picture).is_file(), f"--ground: there is no picture {picture}")
-    path = Path(o.out) / ("hist.pt" if (Path(o.out) / "hist.pt").exists() else "baseline.pt")
+def look(o):
+    """--ground PICTURE PHRASE … and --caption PICTURE: where the last trained model looks in a person's own picture, or what it says of it."""
+    picture, *phrases = o.ground or [o.caption]
+    insist(phrases or o.caption, '--ground PICTURE "a red circle" "a blue star": say at least one phrase')
+    insist(Path(picture).is_file(), f"there is no picture {picture}")
+    path, pixels = Path(o.out) / ("hist.pt" if (Path(o.out) / "hist.pt").exists() else "baseline.pt"), load_pixels(picture, upright=True)
     model, vocabulary, _ = restore(path, o)
+    if o.caption:
+        insist(model.blip, f"--caption: the model in {o.out} has no decoder; train one with --base blip")
+        torch.manual_seed(o.seed)
+        return print(generate(model, vocabulary, read_image(pixels, o.image_size).to(o.device), o.top_p))
     new = sorted({w for p in phrases for w in split_words(p)} - set(vocabulary))
     if new: print(f"not in the vocabulary, read as [UNK]: {', '.join(new)}", file=sys.stderr)
-    record = {"image": load_pixels(picture, upright=True), "captions": [Path(picture).name], "targets": [], "phrases": phrases}
+    record = {"image": pixels, "captions": [Path(picture).name], "targets": [], "phrases": phrases}
     draw_grounding({path.stem: model}, vocabulary, [record], o, path.with_name("ground.png"))
     print(path.with_name("ground.png"))
 
@@ -1140,8 +1141,7 @@ def run(o):
     """Train the models, or none with --eval-only, evaluate them on the same held-out records, write the table and the pictures."""
     out, models, results, pairs = Path(o.out), {}, {}, {}
     levels = {"baseline": ("caption",), "hist": tuple(o.levels.split(","))}
-    if o.eval_only:
-        held_out = readable(load_data(o)[1], o)
+    if o.eval_only: held_out = readable(load_data(o)[1], o)
     else:
         samples, held_out = prepare(o)
         if o.base_steps: train("base", ("caption",), samples, o, o.base_steps)
@@ -1156,8 +1156,6 @@ def run(o):
     print(f"\n{o.data}: {len(held_out)} held-out images, {o.base_steps} steps with captions alone, then {o.steps}, of {o.batch_size} images, "
           f"seed {o.seed}, {o.device}, at most {peak_memory(o):.1f} GiB of memory; percent but for seconds\n\n{table(results)}\n")
     if not any(r["targets"] for r in held_out): print("these records have no targets: there is nothing to point at, retrieval alone is measured")
-    if o.data == "scenes":
-        print("subjects that the parser finds in these captions: precision {:.3f}, recall {:.3f}, F1 {:.3f}".format(*subjects_found(held_out)))
     draw_curves(out / "metrics.jsonl", out / "curves.png")
     draw_grounding(models, vocabulary, held_out, o, out / "grounding.png")
     if any(pairs.values()):
@@ -1166,13 +1164,14 @@ def run(o):
         iou = iou[:, iou.mean(0).argmax()]                     # of each pair of the last model, at the one threshold best for all
         worst = sorted(np.unique(image), key=lambda i: iou[image == i].mean())[:4]
         draw_grounding(models, vocabulary, [held_out[i] for i in worst], o, out / "worst.png")
+    if o.data == "vqa": beside("benchmarks", replace(o, eval="vqa"))
     print(f"in {out}: {' '.join(sorted(p.name for p in out.iterdir()))}")
 
-def beside(name, o):
-    """--bench and --ablate stand with the tests, as tests/bench.py and tests/ablation.py, and work on this very module."""
+def beside(name, o, what=None):
+    """--bench, --ablate, --eval and the other data sets stand with the tests, as tests/bench.py and so on, and work on this very module."""
     sys.modules["hist"] = sys.modules[__name__]
     sys.path.insert(0, str(Path(__file__).with_name("tests")))
-    getattr(importlib.import_module(name), name)(o)
+    return getattr(importlib.import_module(name), what or name)(o)
 
 def main(argv=None):
     """Do what was typed; a mistake, a full disk or too little memory ends it with one line and status 2, Ctrl-C with the command that resumes."""
@@ -1181,7 +1180,8 @@ def main(argv=None):
         o = settle(command_line(argv))
         if o.device == "cuda": torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if RANKS > 1: torch.distributed.init_process_group("nccl" if o.device == "cuda" else "gloo")
-        ground(o) if o.ground else beside("bench", o) if o.bench else beside("ablation", o) if o.ablate else run(o)
+        task = o.bench and "bench" or o.ablate and "ablation" or o.eval and "benchmarks"
+        look(o) if o.ground or o.caption else beside(task, o) if task else run(o)
         if RANKS > 1: torch.distributed.destroy_process_group()        # or a thread of it may outlive the interpreter, and abort
     except KeyboardInterrupt:
         begun = o and (Path(o.out) / "options.json").exists()

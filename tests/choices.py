@@ -14,6 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import hist
+import ablation
 
 SHOWN = ("pointing_phrases", "pointing_subjects", "multi_object_iou", "balance", "r1_image_to_text", "r1_text_to_image", "vqa", "occlusion")
 
@@ -50,7 +51,7 @@ def main(seeds):
         hist.train("base", hist.LEVELS[:1], samples, o, o.base_steps)
 
         def measure(name, model, o):
-            result, _ = hist.evaluate(model, samples.vocabulary, held_out, o)
+            result = ablation.measure(model, samples.vocabulary, held_out, o)
             print(f"{seed:<5}{name:34}" + "".join(f"{100 * result[k]:18.1f}" for k in SHOWN), flush=True)
 
         def read_off(name):

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 
 import ablation
 import hist
+import readers
 
 ROOT = Path(__file__).resolve().parents[1]
 COCO_MINI = ROOT.parent / "shared" / "coco-mini"
@@ -315,7 +316,7 @@ def test_overfits_coco_mini():
 def server(here, monkeypatch):
     """COCO's archives in small, on a local server that can break off (after `breaks` bytes) or send what is wrong."""
     archives = {}
-    for name in hist.COCO_FILES:
+    for name in readers.COCO_FILES:
         folder = "annotations" if "annotations" in name else Path(name).stem
         with zipfile.ZipFile("made.zip", "w") as z:
             z.writestr(f"{folder}/a.txt", os.urandom(50_000))
@@ -341,8 +342,8 @@ def server(here, monkeypatch):
             pass
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as s:
         threading.Thread(target=s.serve_forever, daemon=True).start()
-        monkeypatch.setattr(hist, "COCO_URL", f"http://127.0.0.1:{s.server_port}/")
-        monkeypatch.setattr(hist, "COCO_FILES", {name: hashlib.md5(archives["/" + name]).hexdigest() for name in hist.COCO_FILES})
+        monkeypatch.setattr(readers, "COCO_URL", f"http://127.0.0.1:{s.server_port}/")
+        monkeypatch.setattr(readers, "COCO_FILES", {name: hashlib.md5(archives["/" + name]).hexdigest() for name in readers.COCO_FILES})
         Handler.archives = archives
         yield Handler
         s.shutdown()
@@ -353,18 +354,18 @@ def test_a_download_that_breaks_off_is_no_data_and_the_same_command_ends_it(here
     said = refused(capsys, "--data", "coco", "--root", "coco", "--download")
     assert "annotations_trainval2017.zip" in said and "wget -c" in said and not Path("coco/annotations").exists()
     server.breaks = 0
-    hist.download_coco(Path("coco"))
+    readers.download_coco(Path("coco"))
     assert sorted(p.name for p in Path("coco").iterdir()) == ["annotations", "train2017", "unpacking", "val2017"]
     asked = len(server.asked)
-    hist.download_coco(Path("coco"))                            # all is there: nothing is asked for
+    readers.download_coco(Path("coco"))                            # all is there: nothing is asked for
     assert len(server.asked) == asked
 
 
 def test_an_archive_that_somebody_else_brought_is_taken_if_it_is_whole(here, server):
     Path("coco").mkdir()
-    name = next(iter(hist.COCO_FILES))
+    name = next(iter(readers.COCO_FILES))
     Path("coco", Path(name).name).write_bytes(server.archives["/" + name])
-    hist.download_coco(Path("coco"))
+    readers.download_coco(Path("coco"))
     assert "/" + name not in [path for path, _ in server.asked] and Path("coco/annotations").is_dir()
 
 
@@ -375,7 +376,7 @@ def test_a_corrupt_download_is_no_data(here, server, capsys):
 
 
 def test_download_offline_says_so(here, monkeypatch, capsys):
-    monkeypatch.setattr(hist, "COCO_URL", "http://127.0.0.1:9/")
+    monkeypatch.setattr(readers, "COCO_URL", "http://127.0.0.1:9/")
     assert "refused" in refused(capsys, "--data", "coco", "--root", "coco", "--download").lower()
 
 

@@ -21,9 +21,9 @@ if hist.RANKS > 1:
 rng = np.random.default_rng(0)
 captions = ["a dog and a cat", "a red car near a blue house", "running quickly", "a dog", "two men on a boat", "a dog and a tall tree", "a cat", "a red car"]
 records = [{"image": rng.integers(0, 255, (32, 32, 3)).astype(np.uint8), "captions": [c], "targets": []} for c in captions]
-if len(sys.argv) > 3:                                           # a picture that is not there
+if len(sys.argv) > 4:                                           # a picture that is not there
     records[2]["image"] = records[6]["image"] = "nowhere.jpg"
-o = hist.Options(**{**hist.PHOTOS, "data": "x", "vit": "vit_tiny_patch16_224", "image_size": 32, "width": 64, "text_layers": 1, "fusion_layers": 2, "batch_size": 8})
+o = hist.Options(**{**hist.PHOTOS, "data": "x", "base": sys.argv[3], "vit": "vit_tiny_patch16_224", "image_size": 32, "width": 64, "text_layers": 1, "fusion_layers": 2, "batch_size": 8})
 torch.manual_seed(0)
 vocabulary = hist.build_vocabulary(captions, 100)
 model, teacher = hist.HIST(o, vocabulary), hist.HIST(o, vocabulary).eval()
@@ -59,11 +59,11 @@ def ranks(n, *command, cwd):
     return said
 
 
-@pytest.mark.parametrize("damaged", [[], ["damaged"]])
-def test_two_ranks_of_half_a_batch_give_the_losses_and_gradients_of_one(tmp_path, damaged):
+@pytest.mark.parametrize("how", [["albef"], ["albef", "damaged"], ["blip"]])
+def test_two_ranks_of_half_a_batch_give_the_losses_and_gradients_of_one(tmp_path, how):
     (tmp_path / "step.py").write_text(STEP)
     for n in (1, 2):
-        ranks(n, tmp_path / "step.py", ROOT, f"{n}.pt", *damaged, cwd=tmp_path)
+        ranks(n, tmp_path / "step.py", ROOT, f"{n}.pt", *how, cwd=tmp_path)
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
     assert len(one["losses"]) == 9 and list(one["losses"]) == list(two["losses"])
     for k, v in one["losses"].items():

@@ -33,7 +33,7 @@ def double():
     forward = model.vit.forward_features
     model.vit.forward_features = lambda x: forward(x).double()
     model.vit.forward_head = lambda V, pre_logits: V.amax(1)
-    _, image = model.encode_image(batch["image"])
+    image = model.encode_image(batch["image"])[1]
     return model, batch, [kv.detach() for kv in image]
 
 
@@ -130,7 +130,7 @@ def test_keys_and_values_projected_once_give_the_logits_of_each_pair_alone(doubl
     texts, images = torch.tensor([0, 1, 2, 0, 5, 5]), torch.tensor([0, 1, 2, 4, 4, 1])
     together, _ = model.match(T[texts], mask[texts], image, images)
     for k, (t, i) in enumerate(zip(texts, images)):
-        _, alone = model.encode_image(batch["image"][i:i + 1])
+        alone = model.encode_image(batch["image"][i:i + 1])[1]
         logits, _ = model.match(T[t:t + 1], mask[t:t + 1], alone, torch.tensor([0]))
         torch.testing.assert_close(together[k:k + 1], logits, rtol=1e-5, atol=1e-6)
 
@@ -145,7 +145,7 @@ def test_attention_is_torch_s_own():
         torch_s.out_proj.load_state_dict(ours.out.state_dict())
     x, source, mask = torch.randn(3, 5, 32), torch.randn(3, 7, 32), torch.rand(3, 7) > 0.3
     mask[:, 0] = True
-    seen, A = ours(x, ours.keys_values(source), mask)
+    seen, A = ours(x, ours.keys_values(source), mask[:, None])
     expected, weights = torch_s(x, source, source, key_padding_mask=~mask, average_attn_weights=False)
     torch.testing.assert_close(seen, expected)
     torch.testing.assert_close(A, weights)
@@ -253,7 +253,7 @@ def test_the_parts_of_a_composite_come_from_the_teacher_and_do_not_teach_it():
     text, maps = batch["composition"], {}
     n = len(text["rows"])
     for name, m in (("model", model), ("teacher", teacher)):
-        image, (T, mask, _) = m.encode_image(batch["image"])[1], m.encode_text(text["ids"])
+        image, (T, mask, _) = m.keys_values(model.encode_image(batch["image"])[2]), m.encode_text(text["ids"])
         maps[name], maps[f"{name}_match"] = hist.locate(m, T, mask, image, text["rows"].repeat(3), o.cam_layer)
     expected = {name: hist.composition_loss(maps[name][:n], maps[name][n:2 * n], maps["model"][2 * n:],
                                             maps[f"{name}_match"][:n] * maps[f"{name}_match"][n:2 * n]).item() for name in ("model", "teacher")}
@@ -263,6 +263,18 @@ def test_the_parts_of_a_composite_come_from_the_teacher_and_do_not_teach_it():
         assert losses["composition"].item() == pytest.approx(expected[name], abs=1e-4)
     losses["composition"].backward()
     assert all(p.grad is None for p in teacher.parameters()) and any(p.grad is not None and p.grad.any() for p in model.vit.parameters())
+
+
+def test_a_step_of_all_levels_encodes_the_images_once(monkeypatch):
+    """Not again for a level, for the negatives, or for the teacher."""
+    o = options()
+    vocabulary, batch = batch_of(o)
+    model, teacher = hist.HIST(o, vocabulary), hist.HIST(o, vocabulary)
+    seen = []
+    for m in (model, teacher):
+        m.vit.patch_embed.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
+    hist.training_losses(model, batch, hist.LEVELS, 0.5, o.cam_layer, teacher)
+    assert seen == [len(batch["image"])]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -451,10 +463,10 @@ def test_captions_of_scenes_are_true_and_parse_to_what_they_say():
             of_colour = what == "shape"
             same = [t for t in truth if t.split()[0] == caption.split(" shape is ")[0].split()[-1]] if of_colour else [t for t in truth if t.split()[1] == what]
             assert len(same) == 1 and value in same[0].split()
-    precision, recall, f1 = hist.subjects_found(records)
+    precision, recall, f1 = ablation.subjects_found(records)
     assert recall == 1 and precision > 0.97 and precision < f1 < 1              # "the circle is orange" gives an orange too many
     swapped = [{**r, "said": [(p, "dog") for p, _ in r["said"]]} for r in records]
-    assert hist.subjects_found(swapped)[2] == 0
+    assert ablation.subjects_found(swapped)[2] == 0
 
 
 def test_a_fifth_of_the_pairs_is_in_test_scenes_only():
@@ -570,7 +582,7 @@ def test_occlusion_agrees_with_a_map_of_what_the_score_reads_and_not_with_its_re
     image = np.zeros((16, 16, 3), np.uint8)
     image[:8, :8], image[:8, 8:], image[8:, :8], image[8:, 8:] = 250, 240, 230, 225
     image[0, 0], grey = 250, image.reshape(-1, 3).mean(0)
-    agreement = hist.occlusion_agreement(Oracle(right), {}, image, "", o)
+    agreement = ablation.occlusion_agreement(Oracle(right), {}, image, "", o)
     drops = [(image[y:y + 8, x:x + 8, 0].mean() - int(grey[0])) * w for (y, x), w in zip(((0, 0), (0, 8), (8, 0), (8, 8)), (4, 3, 2, 1))]
     ranks = lambda v: np.argsort(np.argsort(v))
     maps = [4, 3, 2, 1] if right else [1, 2, 3, 4]
@@ -583,7 +595,7 @@ def test_reranking_asks_itm_about_the_nearest_only():
     model = hist.HIST(o, vocabulary).eval()
     ids, images = batch["caption"]["ids"], batch["image"]
     with torch.no_grad():
-        features, image = model.encode_image(images)
+        features, image, _ = model.encode_image(images)
         T, mask, text = model.encode_text(ids)
         n = len(ids)
         every = torch.stack([model.match(T, mask, image, torch.full((n,), i))[0].softmax(-1)[:, 1] for i in range(n)])
