@@ -66,7 +66,7 @@ def ablation(o):
                 hist.train("base", ("caption",), samples, now, now.base_steps)
             for row, levels in ROWS.items():
                 if row not in done:
-                    steps = round(now.steps * done["all"]["seconds"] / done["caption"]["seconds"]) if "time" in row else now.steps
+                    steps = max(1, round(now.steps * done["all"]["seconds"] / done["caption"]["seconds"])) if "time" in row else now.steps
                     name = row.replace("+ ", "").replace(", ", "_").replace(" ", "_")
                     model, seconds = hist.train(name, levels, samples, now, steps)
                     done[row] = {**measure(model, samples.vocabulary, held_out, now), "seconds": seconds}
