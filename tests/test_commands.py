@@ -293,22 +293,26 @@ def test_coco_masks_have_the_areas_that_coco_says():
 
 @needs_coco_mini
 def test_overfits_coco_mini():
-    """16 real photographs: after 80 steps their captions are told apart, matched and filled in."""
+    """16 real photographs: after 80 steps their captions are told apart, matched and filled in. With a warm-up and clipped gradients, as in
+    hist.train; without them one seed in six learns nothing. The negatives are drawn anew in each step, hence the mean over the last 20."""
     torch.manual_seed(0)
     o = hist.Options(**{**hist.PHOTOS, "vit": "vit_tiny_patch16_224", "image_size": 64, "width": 128, "text_layers": 1, "fusion_layers": 1, "data": "coco"})
     records = [{**r, "captions": r["captions"][:1]} for r in hist.read_coco(COCO_MINI, "train")[:16]]
     samples = hist.Samples(records, hist.build_vocabulary((c for r in records for c in r["captions"]), 1000), o)
     batch = hist.collate([samples[i] for i in range(16)])
-    model = hist.HIST(o, samples.vocabulary)
+    model, history = hist.HIST(o, samples.vocabulary), []
     text = [p for name, p in model.named_parameters() if not name.startswith("vit.")]
     optimizer = torch.optim.AdamW([{"params": model.vit.parameters()}, {"params": text, "lr": 2e-3}], lr=1e-3)
-    for step in range(80):
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20))
+    for _ in range(80):
         losses, _ = hist.training_losses(model, batch, ("caption",), 0.0, 0)
         optimizer.zero_grad()
         sum(losses.values()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        first = losses if step == 0 else first
-    assert all(losses[k] < 0.2 < 0.6 < first[k] for k in ("caption_itc", "caption_itm", "caption_mlm")), losses
+        warmup.step()
+        history.append([losses[k].item() for k in ("caption_itc", "caption_itm", "caption_mlm")])
+    assert all(last < 0.35 < 0.6 < first for first, last in zip(history[0], np.mean(history[-20:], 0))), history[-20:]
 
 
 # ------------------------------------------------------------------------------------------------------- download
