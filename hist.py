@@ -702,10 +702,10 @@ def training_losses(model, batch, levels, hardness, cam_layer, teacher=None):
         with torch.autocast(device.type, enabled=False):                     # a loss on a gradient wants all of float32
             image, n = [keys_values.float() for keys_values in image], len(rows)
             T, mask, _ = model.encode_text(ids)
-            with torch.no_grad():                              # without a teacher the parts' maps flatten along with the composite's
-                seen = [gather(kv, 1) for kv in teacher.keys_values(V.float())] if teacher else [kv.detach() for kv in image]
-                said = teacher.encode_text(ids)[0] if teacher else T.detach()
-            parts, found = locate(teacher or model, said[:2 * n], mask[:2 * n], seen, rows.repeat(2), cam_layer)
+            teacher = teacher or model                         # with no other the parts' maps flatten along with the composite's
+            with torch.no_grad():
+                seen, said = [gather(kv, 1) for kv in teacher.keys_values(V.float())], teacher.encode_text(ids)[0]
+            parts, found = locate(teacher, said[:2 * n], mask[:2 * n], seen, rows.repeat(2), cam_layer)
             whole, _ = locate(model, T[2 * n:], mask[2 * n:], image, rows, cam_layer, create_graph=True)
             weight = found[:n] * found[n:] * good[rows]
             losses["composition"] = share(composition_loss(parts[:n], parts[n:], whole, weight), weight.sum(), gather(weight.sum()[None]).sum())

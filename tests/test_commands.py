@@ -312,7 +312,7 @@ def test_overfits_coco_mini():
         optimizer.step()
         warmup.step()
         history.append([losses[k].item() for k in ("caption_itc", "caption_itm", "caption_mlm")])
-    assert all(last < 0.35 < 0.6 < first for first, last in zip(history[0], np.mean(history[-20:], 0))), history[-20:]
+    assert all(last < 0.2 < 0.6 < first for first, last in zip(history[0], np.mean(history[-20:], 0))), history[-20:]
 
 
 # ------------------------------------------------------------------------------------------------------- download

@@ -265,7 +265,7 @@ def test_the_parts_of_a_composite_come_from_the_teacher_and_do_not_teach_it():
     assert all(p.grad is None for p in teacher.parameters()) and any(p.grad is not None and p.grad.any() for p in model.vit.parameters())
 
 
-def test_a_step_of_all_levels_encodes_the_images_once(monkeypatch):
+def test_a_step_of_all_levels_encodes_the_images_once():
     """Not again for a level, for the negatives, or for the teacher."""
     o = options()
     vocabulary, batch = batch_of(o)
