@@ -274,8 +274,10 @@ def plain_part(part, size):
         from pycocotools import mask
     except ImportError as error:
         raise ImportError("to read these compressed masks, pip install pycocotools") from error
-    pixels = mask.decode({"size": size, "counts": part["counts"]}).flatten(order="F")
-    changes = np.flatnonzero(np.diff(pixels, prepend=0))
+    pixels = mask.decode({"size": size, "counts": part["counts"]})
+    whole = mask.encode(pixels)["counts"].decode() == part["counts"]  # decode fills up with noise
+    insist(whole, f"its run lengths are not of {size[0]} x {size[1]} pixels")
+    changes = np.flatnonzero(np.diff(pixels.flatten(order="F"), prepend=0))
     return {"counts": np.diff(changes, prepend=0, append=pixels.size).tolist()}
 
 
