@@ -6,17 +6,16 @@
 
 No image is opened. What cannot be used is listed in ROOT/NAME.skipped.jsonl. ROOT holds, for NAME
     vg: region_descriptions.json, VG_100K/, VG_100K_2/; image_data.json to --exclude by COCO's ids
-        https://homes.cs.washington.edu/~ranjay/visualgenome/api.html
+        homes.cs.washington.edu/~ranjay/visualgenome/api.html
     flickr30k: train.txt, val.txt, test.txt, Sentences/, Annotations/, flickr30k-images/
-        https://github.com/BryanPlummer/flickr30k_entities
-        https://shannon.cs.illinois.edu/DenotationGraph (the images)
+        github.com/BryanPlummer/flickr30k_entities; images: shannon.cs.illinois.edu/DenotationGraph
     refcoco, refcoco+, refcocog, refclef (ReferIt): NAME/instances.json; NAME/refs(unc).p (umd for
         refcocog, berkeley for refclef); train2014/, for refclef saiapr_tc-12/, perhaps in images/
-        https://github.com/lichengunc/refer
+        github.com/lichengunc/refer
     karpathy: dataset_coco.json, train2014/, val2014/; its test images are written
-        https://cs.stanford.edu/people/karpathy/deepimagesent
+        cs.stanford.edu/people/karpathy/deepimagesent
     vqa: v2_OpenEnded_mscoco_{train,val}2014_questions.json, train2014/, val2014/,
-        v2_mscoco_{train,val}2014_annotations.json; https://visualqa.org/download.html
+        v2_mscoco_{train,val}2014_annotations.json; visualqa.org/download.html
     coco: nothing; COCO 2017, which hist.py reads itself, is fetched (20 GB; cocodataset.org)
 """
 
@@ -36,19 +35,14 @@ import numpy as np
 from torchvision.datasets.utils import download_and_extract_archive
 
 import hist
-from hist import UserError
+from hist import UserError, insist
 
 
 # ------------------------------------------------------------------------------------------ checks
-def insist(good, why):
-    """UserError with the reason where something is not good."""
-    if not good:
-        raise UserError(why)
-
-
 @contextmanager
 def blaming(what, skipped=None):
-    """An error inside becomes a UserError about what; given skipped, its entry (kind, which)."""
+    """An error inside becomes a UserError about what or, what being (kind, which), is listed.
+    Readers yield inside: what goes wrong with whoever takes the record does not come back."""
     try:
         yield
     except ImportError:
@@ -68,8 +62,7 @@ def clean(text):
 
 
 def make_box(corner_and_size, edge=(math.inf, math.inf)):
-    """[x0, y0, x1, y1] of [x, y, width, height], cut at the image's edge (width, height); pixels.
-    UserError where no pixel is left."""
+    """[x, y, width, height] as [x0, y0, x1, y1], cut at the edge; UserError where all is cut."""
     x, y, width, height = corner_and_size
     x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + width, edge[0]), min(y + height, edge[1])
     some_pixel = x0 < x1 < math.inf and y0 < y1 < math.inf
@@ -155,8 +148,7 @@ def read_vg(root, skipped, exclude=""):
 
 
 def excluded_images(root, exclude):
-    """Visual Genome's ids of the images in the file exclude: ids, one a line or a JSON list, of
-    Visual Genome itself or, where image_data.json tells them, of COCO."""
+    """Ids of images listed, one a line or as JSON, by this id or COCO's (from image_data.json)."""
     with blaming(f"--exclude {exclude}"):
         text = re.sub(r'[\[\]",]', " ", Path(exclude).read_text())
         listed = {int(image_id) for image_id in text.split()}
@@ -167,15 +159,16 @@ def excluded_images(root, exclude):
 
 # ------------------------------------------------------------------------------ Flickr30k Entities
 MENTION = re.compile(r"\[/EN#(\d+)/(\S+) ([^\]]*)\]")  # [/EN#12/people/other two men]
+NOT_VISIBLE = "0"  # the entity of what no box can show
 
 
 def read_flickr30k(root, skipped):
-    """Flickr30k Entities: in val and test a mention with a box is a target, tagged by category;
-    one of no visible thing (EN#0) is none."""
+    """Flickr30k Entities: in val and test a mention with a box is a target, tagged by category."""
     lists = need(root, "train.txt", "val.txt", "test.txt")
     (images,) = need(root, ("flickr30k-images", "flickr30k_images"))
     sentences, annotations = need(root, "Sentences", "Annotations")
-    for split, name in [(path.stem, name) for path in lists for name in path.read_text().split()]:
+    texts = [(path.stem, path.read_text(errors="replace")) for path in lists]
+    for split, name in [(split, name) for split, text in texts for name in text.split()]:
         with blaming(("image", name), skipped):
             image = inside(images, f"{name}.jpg")
             text = inside(sentences, f"{name}.txt").read_text(encoding="utf-8")
@@ -187,7 +180,7 @@ def read_flickr30k(root, skipped):
                     boxes = read_boxes(inside(annotations, f"{name}.xml"), skipped)
             targets = []
             for entity, tags, phrase in MENTION.findall(text):
-                if entity != "0" and entity in boxes and phrase.strip():
+                if entity != NOT_VISIBLE and entity in boxes and phrase.strip():
                     target = {"phrase": clean(phrase), "boxes": boxes[entity], "object": entity}
                     targets.append({**target, "tags": tags.split("/")})
             yield {"image": image, "captions": captions, "split": split, "targets": targets}
@@ -237,8 +230,7 @@ def read_refs(name, root, skipped):
             image, targets = images[image_id], []
             picture = inside(folder, image["file_name"])
             for ref in group:
-                what = "expression", f"ref_id {ref.get('ref_id')} of {path.name}"
-                with blaming(what, skipped):
+                with blaming(("expression", f"ref_id {ref.get('ref_id')} of {path.name}"), skipped):
                     targets += expression_targets(ref, annotations[ref["ann_id"]], image)
             insist(targets, "no expression of it can be used")
             captions = [target["phrase"] for target in targets]
@@ -266,8 +258,7 @@ def expression_targets(ref, annotation, image):
 
 
 def plain_part(part, size):
-    """A part of a mask of size [height, width]: polygons, or run lengths made uncompressed.
-    ImportError says how to install what reads the compressed ones."""
+    """A part of a mask of size [height, width], with its run lengths, if any, uncompressed."""
     if isinstance(part, list) or isinstance(part["counts"], list):
         return part
     try:
@@ -310,7 +301,7 @@ def read_vqa(root, skipped):
                 questions[entry["question_id"]] = clean(entry["question"])
         for number, entry in enumerate(hist.read_json(truth, "annotations")[0]):
             with blaming(("question", f"entry {number} of {truth.name}"), skipped):
-                question = questions[entry["question_id"]]
+                question = questions.pop(entry["question_id"])  # answered twice, it is missing
                 answer = clean(entry["multiple_choice_answer"])
                 answers = [normalise(answer) or answer]
                 if split == "val":
@@ -321,7 +312,6 @@ def read_vqa(root, skipped):
                 record = records.setdefault(name, empty)
                 record["captions"].append(f"{question} {answer}")
                 record["questions"].append({**asked, "answers": answers})
-                del questions[entry["question_id"]]  # answered again, it is missing
         for name, record in records.items():
             with blaming(("image", name), skipped):
                 yield {"image": inside(folder, name), **record}
@@ -371,8 +361,7 @@ COCO_FILES = {  # {name: MD5}
 
 
 def download_coco(root):
-    """Fetch, check and unpack what root lacks of COCO 2017. An archive that lies there is used; a
-    folder gets its name when it is complete."""
+    """Fetch, check and unpack what root lacks; a folder gets its name when it is complete."""
     for name, md5 in COCO_FILES.items():
         url, unpacking = COCO_URL + name, root / "unpacking"
         folder = "annotations" if "annotations" in name else Path(name).stem
@@ -389,9 +378,8 @@ NEEDED = {"vg": ["train"], "flickr30k": ["train", "val", "test"], "karpathy": ["
 
 
 def convert(read, name, root, max_bad):
-    """Write ROOT/NAME.jsonl of what read(root, skipped) yields; {split: number of images}. The file
-    is there only when it is whole. UserError where files are missing, a split has no image, or more
-    than max_bad of the images cannot be used."""
+    """Write ROOT/NAME.jsonl of what read(root, skipped) yields; {split: images written}. UserError
+    where more than max_bad of the images, or all of a split, cannot be used."""
     part, listed = root / f"{name}.jsonl.tmp", root / f"{name}.skipped.jsonl"
     insist(root.is_dir(), f"there is no folder {root}")
     listed.unlink(missing_ok=True)
@@ -406,10 +394,13 @@ def convert(read, name, root, max_bad):
                 seen.add((image, split))
                 splits[split] += 1
                 file.write(json.dumps({**record, "image": image}) + "\n")
-        if skipped.count():
-            told = f"{skipped.count()} entries left out, {skipped.count('image')} of them images"
+        images = skipped.count("image")
+        if listed.exists():
+            told = (
+                f"{len(listed.read_text().splitlines())} entries left out, {images} of them images"
+            )
             print(f"{told}: {listed} says why", file=sys.stderr)
-        skipped.check(splits.total() + skipped.count("image"))
+        skipped.check(splits.total() + images)
         for split in NEEDED.get(name, ["val"]):
             insist(splits[split], f"{root}: no image of {split} can be used")
         part.replace(root / f"{name}.jsonl")
