@@ -35,6 +35,7 @@ from pathlib import Path
 from pickle import PickleError
 
 import numpy as np
+import parse
 import timm
 import timm.data
 import torch
@@ -43,11 +44,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from matplotlib.figure import Figure  # no pyplot: it would choose a backend for the importer
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-
-import parse
 
 RANK = int(os.environ.get("RANK", 0))  # this process, and of how many: torchrun sets them
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -63,8 +62,8 @@ def insist(good, why):
 
 
 # ------------------------------------------------------------------------------------ options
-def option(default, text, least=None):
-    return field(default=default, metadata={"help": text, "least": least})
+def option(default, text):
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -77,25 +76,25 @@ class Options:
     parses: str = option("", "parses to train on in place of parse.py's (see tests/paper/llm.py)")
     base: str = option("albef", "the model: albef, or blip (causal LM in place of MLM)")
     levels: str = option("caption,phrase,subject,composition", "levels that HIST trains with")
-    base_steps: int = option(800, "steps with captions alone, from which every training goes on", 0)
-    steps: int = option(400, "optimiser steps of each training; 0: ten epochs", 0)
-    batch_size: int = option(64, "images a step, over all GPUs", 1)
-    accumulate: int = option(1, "parts in which a step is computed, to need less memory", 1)
-    lr: float = option(2e-3, "peak learning rate", 0)
-    composition_weight: float = option(1.0, "lambda, the weight of the composition loss", 0)
-    composition_start: float = option(0.66, "share of all steps after which composition begins", 0)
+    base_steps: int = option(800, "steps with captions alone, from which every training goes on")
+    steps: int = option(400, "optimiser steps of each training; 0: ten epochs")
+    batch_size: int = option(64, "images a step, over all GPUs")
+    accumulate: int = option(1, "parts in which a step is computed, to need less memory")
+    lr: float = option(2e-3, "peak learning rate")
+    composition_weight: float = option(1.0, "lambda, the weight of the composition loss")
+    composition_start: float = option(0.66, "share of all steps after which composition begins")
     vit: str = option("scenes", "any timm ViT; scenes: one layer on a convolutional stem")
     pretrained: bool = option(False, "start --vit from timm's pretrained weights")
-    image_size: int = option(48, "side of the square image, pixels", 16)
-    width: int = option(64, "width of the text and fusion layers", 8)
-    text_layers: int = option(1, "layers of the text encoder", 0)
-    fusion_layers: int = option(2, "layers in which text attends to the image", 1)
-    cam_layer: int = option(1, "fusion layer that Grad-CAM reads, 0 the first", 0)
-    vocab_size: int = option(10_000, "words kept, most frequent first; the rest are [UNK]", 1)
-    eval_images: int = option(500, "held-out images to evaluate on, a split; 0: all", 0)
-    save_every: int = option(200, "steps between checkpoints", 1)
-    workers: int = option(0, "processes that load images", 0)
-    max_bad: float = option(0.2, "share of the images that may be unusable", 0)
+    image_size: int = option(48, "side of the square image, pixels")
+    width: int = option(64, "width of the text and fusion layers")
+    text_layers: int = option(1, "layers of the text encoder")
+    fusion_layers: int = option(2, "layers in which text attends to the image")
+    cam_layer: int = option(1, "fusion layer that Grad-CAM reads, 0 the first")
+    vocab_size: int = option(10_000, "words kept, most frequent first; the rest are [UNK]")
+    eval_images: int = option(500, "held-out images to evaluate on, a split; 0: all")
+    save_every: int = option(200, "steps between checkpoints")
+    workers: int = option(0, "processes that load images")
+    max_bad: float = option(0.2, "share of the images that may be unusable")
     seed: int = option(0, "seed of weights, scenes, order and masks")
     device: str = option("auto", "auto, cpu, cuda or mps")
     resume: bool = option(False, "go on from the last checkpoint in --out, with its options")
@@ -103,18 +102,18 @@ class Options:
     ground: list = option(None, "draw where the model in --out looks: PICTURE PHRASE [PHRASE …]")
 
 
+PHOTOGRAPHS = dict(base_steps=0, steps=0, lr=3e-4, workers=min(8, os.cpu_count()))
+ON_GPU = dict(vit="vit_small_patch16_224", image_size=224, width=384, text_layers=4)
+ON_CPU = dict(vit="vit_tiny_patch16_224", image_size=160, width=192, text_layers=2)
+
+
 def presets(data, base):
     """Defaults for data other than the scenes, and for BLIP, whose text layers all fuse."""
     preset = {"text_layers": 1, "fusion_layers": 2, "out": f"out/{Path(data).stem}"}
     if data != "scenes":
-        size = {"vit": "vit_tiny_patch16_224", "image_size": 160, "width": 192}
-        layers = 2
-        if torch.cuda.is_available():
-            size = {"vit": "vit_small_patch16_224", "image_size": 224, "width": 384}
-            layers = 4
-        preset |= size | {"text_layers": layers, "fusion_layers": layers}
-        preset |= {"cam_layer": (layers - 1) // 2}  # ALBEF's: the third of six
-        preset |= {"base_steps": 0, "steps": 0, "lr": 3e-4, "workers": min(8, os.cpu_count())}
+        preset |= PHOTOGRAPHS | (ON_GPU if torch.cuda.is_available() else ON_CPU)
+        preset["fusion_layers"] = preset["text_layers"]
+        preset["cam_layer"] = (preset["fusion_layers"] - 1) // 2  # ALBEF's: the third of six
     if base == "blip":
         layers = preset["text_layers"] + preset["fusion_layers"]
         preset |= {"text_layers": 0, "fusion_layers": layers, "cam_layer": (layers - 1) // 2}
@@ -128,7 +127,7 @@ MASKED_SHARE = 0.3  # of a text's words; BERT masks 0.15, but phrases are short
 
 
 def split_words(text):
-    """The parser's own tokens in lower case: a phrase has the same words alone as in its caption."""
+    """The parser's own tokens in lower case: a phrase has the same words as its caption."""
     return [text[start:end].lower() for start, end in parse.tokenize(text)]
 
 
@@ -209,17 +208,17 @@ def text_key(text):
 
 
 def draw_pair(chosen, parsed, parses, rng):
-    """A composite, (part, part, whole): a phrase of a caption and another one, in the caption's
-    order. Where it has no other (a region's description), another of the image's captions has."""
-    everywhere = [phrase for other in parses for phrase in other.phrases]
-    for phrases in (parsed.phrases, everywhere):
+    """A composite [part, part, whole]: a phrase and another one of its caption, in their order; or,
+    where it has no other (a region's description), of the image's other captions. [] for none."""
+    for some in ([parsed], parses):
+        phrases = [phrase for other in some for phrase in other.phrases]
         others = [p for p in phrases if text_key(p.text) != text_key(chosen.text)]
         if others:
-            one, two = chosen, rng.choice(others)
-            if two in parsed.phrases and two.span < one.span:
-                one, two = two, one
-            return one.text, two.text, parse.compose(one, two)
-    return None
+            pair = [chosen, rng.choice(others)]
+            if some == [parsed]:
+                pair.sort(key=parsed.phrases.index)
+            return [pair[0].text, pair[1].text, parse.compose(*pair)]
+    return []
 
 
 @lru_cache(maxsize=2)
@@ -261,15 +260,14 @@ class Samples(Dataset):
 
     def text(self, level, parsed, number, parses, rng):
         """Phrase `number`'s text of a level, masked, and the keys that make positives."""
-        texts = level.texts(parsed)
-        text = texts[number % len(texts)] if texts else ""
+        text = (level.texts(parsed) or [""])[number if len(level.texts(parsed)) > number else 0]
         ids = self.tokenizer.encode(text)
         masked, labels = self.tokenizer.mask_words(ids, rng)
-        known = {text_key(other) for p in parses for other in level.texts(p)}
-        own, others = ([text_key(text)] if text else []), known - {text_key(text)}
-        image_keys = own + sorted(others) + [NO_KEY] * MAX_KEYS
+        key = text_key(text) if text else NO_TEXT
+        known = {text_key(other) for p in parses for other in level.texts(p)} - {key}
+        image_keys = [key if text else NO_KEY, *sorted(known), *[NO_KEY] * MAX_KEYS][:MAX_KEYS]
         row = {"ids": ids, "masked": masked, "labels": labels, "exists": text != ""}
-        return row | {"text_keys": own[0] if own else NO_TEXT, "image_keys": image_keys[:MAX_KEYS]}
+        return row | {"text_keys": key, "image_keys": image_keys}
 
     def __getitem__(self, position):
         rng = random.Random(f"{self.options.seed} {position}")
@@ -280,11 +278,9 @@ class Samples(Dataset):
         sample = {"image": image}
         for name, level in LEVELS.items():
             sample[name] = self.text(level, parsed, number, parses, rng)
-        chosen = parsed.phrases[number : number + 1]
-        texts = draw_pair(chosen[0], parsed, parses, rng) if chosen else None
-        parts = zip(("part1", "part2", "whole"), texts or ("", "", ""))
-        sample["pair"] = {name: self.tokenizer.encode(text) for name, text in parts}
-        sample["pair"]["exists"] = texts is not None
+        texts = draw_pair(parsed.phrases[number], parsed, parses, rng) if parsed.phrases else []
+        part1, part2, whole = map(self.tokenizer.encode, texts or ["", "", ""])
+        sample["pair"] = {"part1": part1, "part2": part2, "whole": whole, "exists": texts != []}
         return sample
 
 
@@ -331,7 +327,7 @@ class Attention(nn.Module):
         return self.key_value(source).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def forward(self, x, keys_values, mask=None):
-        """x (B, L, width), mask (B, 1 or L, N) -> what it sees (B, L, width), A (B, heads, L, N)."""
+        """x (B, L, width), mask (B, 1 or L, N) -> what it sees, A (B, heads, L, N)."""
         keys, values = keys_values
         query = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, d)
         scores = query @ keys.transpose(-2, -1) / math.sqrt(query.shape[-1])  # (B, heads, L, N)
@@ -823,9 +819,8 @@ THRESHOLDS = np.linspace(0.05, 0.95, 19)
 RERANKED = 16  # the match head sees so many captions of each image, and images of each caption
 ANSWERS = 1000  # to choose from, where a question has no choices
 
-# What a phrase names, boxes and mask (the boxes where there is none) filled: (side, side) bool;
-# mentions of one object share it. How the map of "p1 and p2" divides: iou (thresholds,), and the
-# area of both as a share of the image.
+# What a phrase names: boxes and mask (the boxes where there is none) as (side, side) bool; mentions
+# of one object share it. How the map of "p1 and p2" divides: iou (thresholds,), area of the union.
 Target = namedtuple("Target", "phrase boxes mask tags object")
 Pair = namedtuple("Pair", "record balance iou area")
 
@@ -967,36 +962,39 @@ def rerank(model, records, ids, similarity, options):
     score = torch.full_like(similarity, -torch.inf)
     for row, record in enumerate(records):
         image = read_image(record["image"], options.image_size).to(options.device)
-        image_kv = model.project_image(model.encode_image(image[None])[1])
+        V = model.encode_image(image[None])[1]
         for texts in (best[0] | best[1])[row].nonzero()[:, 0].split(512):
             T, mask, _ = model.encode_text(ids[texts])
-            kv = [keys_values.expand(-1, len(texts), -1, -1, -1) for keys_values in image_kv]
-            score[row, texts] = model.match(T, mask, kv)[0].softmax(-1)[:, 1]
+            image_kv = model.project_image(V.expand(len(texts), -1, -1))
+            score[row, texts] = model.match(T, mask, image_kv)[0].softmax(-1)[:, 1]
     return [score.masked_fill(~chosen, -torch.inf) for chosen in best]
+
+
+def recalls(scores, right):
+    """{k: R@k} for k of 1, 5, 10: scores, and which are right, (queries, candidates)."""
+    order = scores.cpu().topk(min(10, scores.shape[1]), 1).indices
+    hits = right.gather(1, order)
+    return {k: hits[:, :k].any(1).float().mean().item() for k in (1, 5, 10)}
 
 
 @torch.no_grad()
 def retrieval(model, tokenizer, records, options):
     """R@1, 5 and 10 both ways, by ITC and re-ranked by ITM; any of an image's captions is right."""
-    captions = [caption for record in records for caption in record["captions"]]
     owner = [number for number, record in enumerate(records) for _ in record["captions"]]
     right = torch.tensor(owner) == torch.arange(len(records))[:, None]  # (N, texts)
-    ids = tokenizer.batch(captions).to(options.device)
-    images = []
+    ids = tokenizer.batch([caption for record in records for caption in record["captions"]])
+    ids, images, result = ids.to(options.device), [], {}
     for record in records:
         image = read_image(record["image"], options.image_size).to(options.device)
         images.append(model.encode_image(image[None])[0])
     texts = torch.cat([model.encode_text(part)[2] for part in ids.split(512)])
     similarity = torch.cat(images) @ texts.T
     reranked = rerank(model, records, ids, similarity, options)
-    result = {}
     for name, (to_text, to_image) in {"": (similarity, similarity), "_itm": reranked}.items():
         ways = {"image_to_text": (to_text, right), "text_to_image": (to_image.T, right.T)}
         for way, (scores, truth) in ways.items():
-            order = scores.cpu().topk(min(10, scores.shape[1]), 1).indices
-            hits = truth.gather(1, order)  # the ten best of each row
-            for k in (1, 5, 10):
-                result[f"r{k}_{way}{name}"] = hits[:, :k].any(1).float().mean().item()
+            for k, value in recalls(scores, truth).items():
+                result[f"r{k}_{way}{name}"] = value
                 result[f"r{k}_{way}{name}_chance"] = min(1.0, k / len(records))
     return result
 
@@ -1051,30 +1049,24 @@ def common_answers(records, tokenizer):
 
 
 # ----------------------------------------------------------------------------------- pictures
-def draw_map(ax, picture, heat, region):
+def draw_map(ax, title, picture, heat, region):
     """A map over its picture, a cross at its highest point, a line around the target."""
     how = {"extent": (0, 1, 1, 0), "aspect": picture.shape[0] / picture.shape[1]}
     ax.imshow(picture, **how)
-    ax.set_axis_off()
+    ax.set_title(textwrap.fill(title, 32), fontsize=9, parse_math=False)
     if heat is not None:
-        heat = heat / max(heat.max(), 1e-12)
-        shown = ax.imshow(heat, cmap="inferno", alpha=0.7, vmin=0, vmax=1, **how)
+        ax.imshow(heat, cmap="inferno", alpha=0.7, **how)
         y, x = (np.array(np.unravel_index(heat.argmax(), heat.shape)) + 0.5) / heat.shape
         ax.plot(x, y, "x", color="cyan", markersize=9, markeredgewidth=2)
-        if region is not None:
-            ax.contour(region, [0.5], extent=(0, 1, 0, 1), colors="white", linewidths=1.5)
-        return shown
+    if region is not None:
+        ax.contour(region, [0.5], extent=(0, 1, 0, 1), colors="white", linewidths=1.5)
 
 
 def draw_grounding(models, tokenizer, records, options, path):
     """Where each model looks: a row a record of the picture, then for each model the map of each of
     two phrases (its targets', its caption's, or those of "ask") and of both together."""
-    columns = 1 + len(models) * max(3, *(len(r.get("ask", [])) + 1 for r in records))
-    figure = Figure(figsize=(2.6 * columns, 2.75 * len(records) + 1), layout="constrained")
-    axes = figure.subplots(len(records), columns, squeeze=False)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    for row, record in zip(axes, records):
+    rows = []
+    for record in records:
         picture = load_pixels(record["image"])
         image = read_image(picture, options.image_size).to(options.device)
         targets = targets_of(record, picture.shape, options.image_size)[:2]
@@ -1084,98 +1076,80 @@ def draw_grounding(models, tokenizer, records, options, path):
         if len(texts) > 1:
             texts = [*texts, " and ".join(texts)]
             regions.append(np.logical_or.reduce(regions) if targets else None)
-        draw_map(row[0], picture, None, None)
-        row[0].set_title(textwrap.fill(record["captions"][0], 32), fontsize=9, parse_math=False)
-        cells = iter(row[1:])
-        for name, model in models.items():
+        rows.append([(record["captions"][0], picture, None, None)])
+        for name, model in models.items() if texts else []:
             maps, match = maps_of(model, tokenizer, image, texts, options.cam_layer)
             for text, heat, probability, region in zip(texts, maps, match, regions):
-                ax = next(cells)
-                shown = draw_map(ax, picture, heat, region)
-                title = f"{name}: {text} ({probability:.2f})"
-                ax.set_title(textwrap.fill(title, 32), fontsize=9, parse_math=False)
-    label = "Grad-CAM, share of each map's maximum (cross: highest point; white line: target)"
-    how = {"location": "bottom", "shrink": 0.6, "aspect": 50, "pad": 0.05 / len(records)}
-    figure.colorbar(shown, ax=axes, label=label, **how)
-    figure.suptitle("Where each model looks; in brackets the probability that the text matches")
+                rows[-1].append((f"{name}: {text} ({probability:.2f})", picture, heat, region))
+    columns = max(len(row) for row in rows)
+    figure = Figure(figsize=(2.6 * columns, 2.75 * len(rows) + 0.5), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for line, row in zip(axes, rows):
+        for ax, drawn in zip(line, row):
+            draw_map(ax, *drawn)
+    figure.suptitle(
+        "Grad-CAM, from nothing (dark) to the map's maximum (bright; a cross: its highest point);\n"
+        "the target has a white line, the probability that the text matches stands in brackets"
+    )
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
 def draw_curves(path):
     """curves.png beside metrics.jsonl: its losses against the step, a line a training, each point
     the mean of a fiftieth."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    names = dict.fromkeys(name for row in rows for name in row if name not in ("run", "step"))
-    runs = dict.fromkeys(row["run"] for row in rows)
-    figure = Figure(figsize=(12, math.ceil(len(names) / 3) * 2.6), layout="constrained")
-    for number, name in enumerate(names, 1):
-        ax = figure.add_subplot(math.ceil(len(names) / 3), 3, number, title=name, xlabel="step")
-        for run in runs:
-            points = [(row["step"], row[name]) for row in rows if row["run"] == run and name in row]
-            if points:
-                parts = np.array_split(np.array(points), min(50, len(points)))
-                ax.plot(*np.array([part.mean(0) for part in parts]).T, label=run)
+    points = defaultdict(lambda: defaultdict(list))  # loss -> training -> (step, value)
+    for row in map(json.loads, path.read_text().splitlines()):
+        run, step = row.pop("run"), row.pop("step")
+        for name, value in row.items():
+            points[name][run].append((step, value))
+    figure = Figure(figsize=(12, 0.9 * len(points)), layout="constrained")
+    axes = figure.subplots(-(-len(points) // 3), 3, squeeze=False)
+    for ax, (name, runs) in zip(axes.flat, points.items()):
+        for run, values in runs.items():
+            parts = np.array_split(np.array(values), min(50, len(values)))
+            ax.plot(*np.array([part.mean(0) for part in parts]).T, label=run)
+        ax.set(title=name, xlabel="step")
         ax.legend()
     figure.savefig(path.with_name("curves.png"), dpi=100)
 
 
 # ------------------------------------------------------------------------------------- scenes
-COLOURS = {
-    "red": (220, 40, 40),
-    "orange": (245, 140, 20),
-    "yellow": (240, 225, 50),
-    "green": (40, 170, 60),
-    "cyan": (70, 215, 225),
-    "blue": (40, 70, 220),
-    "purple": (130, 50, 170),
-    "pink": (250, 150, 200),
-}
+COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")  # as CSS has them
 
 
 def corners(count, *radii):
-    """(count, 2) points at equal angles around (0, 0), from the top, at these radii in turn."""
+    """Points at equal angles around (0, 0), from the top, at these radii in turn: (count, 2)."""
     angle = 2 * np.pi * np.arange(count) / count
     return np.resize(radii, count)[:, None] * np.stack([np.sin(angle), -np.cos(angle)], 1)
 
 
-t = np.linspace(0, 2 * np.pi, 40)
-HEART = -13 * np.cos(t) + 5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t)
-ARM = np.array([(-3, -9), (3, -9), (3, -3), (9, -3), (9, 3), (3, 3)]) / 19.5
-SHAPES = {  # polygons (points, 2) in a square from -0.5 to 0.5
+HALF_HEART = [(0, 42), (-42, 0), (-46, -18), (-34, -38), (-16, -38), (0, -20)]
+QUARTER_CROSS = [(-15, -46), (15, -46), (15, -15), (46, -15), (46, 15), (15, 15)]
+SHAPES = {  # polygons in a square from -0.5 to 0.5
     "circle": corners(40, 0.46),
     "ring": corners(40, 0.46),  # with a hole
     "square": np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.42,
     "diamond": corners(4, 0.48, 0.3),
     "triangle": corners(3, 0.5),
     "star": corners(10, 0.5, 0.2),
-    "cross": np.concatenate([ARM, -ARM]),
-    "heart": np.stack([0.47 * np.sin(t) ** 3, HEART / 34], 1),
+    "cross": np.array(QUARTER_CROSS + [(-x, -y) for x, y in QUARTER_CROSS]) / 100,
+    "heart": np.array(HALF_HEART + [(-x, y) for x, y in HALF_HEART[::-1]]) / 100,
 }
-PAIRS = list(itertools.product(COLOURS, SHAPES))
-UNSEEN = {pair for n, pair in enumerate(PAIRS) if (n // 8 + 2 * n) % 5 == 0}  # held-out scenes only
+KINDS = list(itertools.product(COLOURS, SHAPES))
+UNSEEN = set(KINDS[::5])  # in held-out scenes only
 COUNT = ("no", "one", "two", "three", "four")
 Thing = namedtuple("Thing", "colour shape size x y")  # in a square of size pixels, corner at x, y
 
 
-@lru_cache(maxsize=None)
-def coverage(shape, size, degrees):
-    """How much of each pixel a shape covers: (size, size) in [0, 1], drawn at four times that."""
-    big = Image.new("L", (4 * size, 4 * size))
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    points = 4 * size * (0.5 + SHAPES[shape] @ np.array([[cos, sin], [-sin, cos]]))
-    ImageDraw.Draw(big).polygon([tuple(point) for point in points], fill=255)
-    if shape == "ring":
-        ImageDraw.Draw(big).ellipse([1.1 * size, 1.1 * size, 2.9 * size, 2.9 * size], fill=0)
-    return np.asarray(big.resize((size, size), Image.Resampling.BOX), dtype=np.float32) / 255
-
-
 def place_things(rng, side, wanted, unseen):
     """Up to `wanted` Things, no two alike; half of the later ones are distractors, which share
-    colour or shape with the first. unseen: whether UNSEEN pairs may be drawn."""
+    colour or shape with the first. unseen: whether UNSEEN kinds may be drawn."""
     things, taken = [], np.zeros((side, side), dtype=bool)
     used = set() if unseen else set(UNSEEN)
     for _ in range(200):  # attempts
-        colour, shape = rng.choice(PAIRS)
+        colour, shape = rng.choice(KINDS)
         if things and rng.random() < 0.5:
             colour, shape = rng.choice([(things[0].colour, shape), (colour, things[0].shape)])
         size = int(side * 0.2 * 2.5 ** rng.random())
@@ -1186,6 +1160,19 @@ def place_things(rng, side, wanted, unseen):
             used.add((colour, shape))
             square[:] = True
     return things
+
+
+def coverage(thing, side):
+    """How much of each pixel a Thing covers: (side, side) in [0, 1], drawn at four times that."""
+    big = Image.new("L", (4 * side, 4 * side))
+    x, y, size = 4 * thing.x, 4 * thing.y, 4 * thing.size
+    points = (SHAPES[thing.shape] + 0.5) * size + (x, y)
+    draw = ImageDraw.Draw(big)
+    draw.polygon([tuple(point) for point in points], fill=255)
+    if thing.shape == "ring":
+        hole = (x + 0.27 * size, y + 0.27 * size, x + 0.73 * size, y + 0.73 * size)
+        draw.ellipse(hole, fill=0)
+    return np.float32(big.resize((side, side), Image.Resampling.BOX)) / 255
 
 
 def alone(things, what):
@@ -1202,11 +1189,9 @@ def relation(one, two, rng):
     """A true word for where one Thing is to another, or a vague one."""
     dx = one.x + one.size / 2 - two.x - two.size / 2
     dy = one.y + one.size / 2 - two.y - two.size / 2
-    if abs(dx) > abs(dy):
-        exact = ["left of", "to the left of"] if dx < 0 else ["right of", "to the right of"]
-    else:
-        exact = ["above", "over"] if dy < 0 else ["below", "under"]
-    return rng.choice([*exact, "next to", "beside", "and", "with", "near"])
+    words = ("left of", "right of") if abs(dx) > abs(dy) else ("above", "below")
+    exact = words[(dx if abs(dx) > abs(dy) else dy) > 0]
+    return rng.choice((exact, exact, "next to", "and", "with", "near"))
 
 
 LISTS = (  # of one to three things; {where}: the relation of the first two
@@ -1236,49 +1221,47 @@ def describe(rng, things, side):
         said.append(with_article(f"{size}{thing.colour} {thing.shape}"))
     where = relation(*listed[:2], rng) if len(listed) > 1 else ""
     parts = [rng.choice(LISTS[len(listed) - 1]).format(*said, where=where)] if listed else []
-    parts += [" is ".join(clause)] if clause else []
-    caption = " and ".join(parts)
+    caption = " and ".join(parts + [" is ".join(clause)] * bool(clause))
     said += [part for part in clause if " " in part]
-    if caption.startswith(said[0]) and listed and rng.random() < 0.4:
-        count = f"{COUNT[len(things)]} shapes"
-        return f"{count}: {caption}", [count, *said]
+    if listed and caption.startswith(said[0]) and rng.random() < 0.4:
+        said.insert(0, f"{COUNT[len(things)]} shapes")
+        caption = f"{said[0]}: {caption}"
     return caption, said
 
 
 def ask(rng, things):
     """Questions about a scene, each with one right answer; a text without [MASK] asks whether it is
-    true: of a pair that is there, and of one that is not but shares a colour or shape with it."""
+    true: of a kind that is there, and of one that is not but shares a colour or shape with it."""
     there = [thing[:2] for thing in things]
-    absent = [pair for pair in PAIRS if pair not in there and set(pair) & set(there[0])]
-    questions = [
+    absent = [kind for kind in KINDS if kind not in there and set(kind) & set(there[0])]
+    asked = [
         ("is_there", with_article(" ".join(there[0])), ("no", "yes"), "yes"),
         ("is_there", with_article(" ".join(rng.choice(absent))), ("no", "yes"), "no"),
     ]
     for thing in alone(things, "shape")[:1]:
-        questions.append(("colour", f"the {thing.shape} is [MASK]", COLOURS, thing.colour))
+        asked.append(("colour", f"the {thing.shape} is [MASK]", COLOURS, thing.colour))
     for thing in alone(things, "colour")[:1]:
-        questions.append(("shape", f"the {thing.colour} shape is a [MASK]", SHAPES, thing.shape))
+        asked.append(("shape", f"the {thing.colour} shape is a [MASK]", SHAPES, thing.shape))
     if len(things) > 1:
-        questions.append(("count", "[MASK] shapes", COUNT[2:], COUNT[len(things)]))
-    names = ("kind", "text", "choices", "answers")
-    return [dict(zip(names, (kind, text, list(of), [a]))) for kind, text, of, a in questions]
+        asked.append(("count", "[MASK] shapes", COUNT[2:], COUNT[len(things)]))
+    questions = []
+    for kind, text, choices, right in asked:
+        question = {"kind": kind, "text": text, "choices": list(choices), "answers": [right]}
+        questions.append(question)
+    return questions
 
 
 def draw_scene(rng, side, wanted, unseen):
     """One scene as a record: its picture (side, side, 3) uint8 on a light, grainy background. See
     `place_things`; rng: random.Random."""
     things, targets = place_things(rng, side, wanted, unseen), []
-    grey = rng.uniform(190, 240)
-    tint = np.float32([grey + rng.uniform(-10, 10) for _ in "rgb"])
     grain = np.frombuffer(rng.randbytes(side * side), dtype=np.uint8).reshape(side, side, 1)
-    image = tint + grain * np.float32(rng.uniform(0.01, 0.05))
+    image = np.float32([rng.uniform(190, 240) for _ in "rgb"]) + grain * np.float32(0.05)
     for thing in things:
-        covered = coverage(thing.shape, thing.size, rng.choice((-16, -8, 0, 8, 16)))
-        ink = np.float32([value + rng.gauss(0, 12) for value in COLOURS[thing.colour]])
-        at = slice(thing.y, thing.y + thing.size), slice(thing.x, thing.x + thing.size)
-        image[at] += covered[..., None] * (ink - image[at])
-        mask = np.zeros((side, side), dtype=bool)
-        mask[at] = covered > 0.5
+        covered = coverage(thing, side)
+        ink = np.float32([value + rng.gauss(0, 12) for value in ImageColor.getrgb(thing.colour)])
+        image += covered[..., None] * (ink - image)
+        mask = covered > 0.5
         ys, xs = np.nonzero(mask)
         box = [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]
         tags = [f"shared_{w}" for w in ("colour", "shape") if thing not in alone(things, w)]
@@ -1351,29 +1334,28 @@ class Skipped:
     """What of the data cannot be used, and why: a line of a file each, whichever process met it."""
 
     def __init__(self, path, max_bad):
-        self.path, self.max_bad, self.added = Path(path), max_bad, set()
+        self.path, self.max_bad = Path(path), max_bad
+
+    def rows(self):
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return [json.loads(line) for line in dict.fromkeys(lines)]
 
     def add(self, kind, which, why):
         row = {"kind": kind, "which": str(which), "why": " ".join(str(why).split())[:300]}
-        line = json.dumps(row) + "\n"
-        if line not in self.added:
-            self.added.add(line)
+        if row not in self.rows():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a") as file:
-                file.write(line)
+                file.write(json.dumps(row) + "\n")
 
-    def count(self, kind="image"):
-        """How many of a kind there are by now, from all processes."""
-        lines = set(self.path.read_text().splitlines()) if self.path.exists() else set()
-        return len({row["which"] for row in map(json.loads, lines) if row["kind"] == kind})
+    def count(self):
+        """How many images cannot be used, as far as any process knows."""
+        return len({row["which"] for row in self.rows() if row["kind"] == "image"})
 
     def check(self, total):
         """UserError where of a total of images more than max_bad cannot be used."""
-        insist(
-            self.count() <= self.max_bad * total,
-            f"{self.count()} of {total} images cannot be used, more than --max-bad {self.max_bad}; "
-            f"{self.path} lists them",
-        )
+        share = f"{self.count()} of {total} images cannot be used"
+        good = self.count() <= self.max_bad * total
+        insist(good, f"{share}, more than --max-bad {self.max_bad}; {self.path} lists them")
 
 
 FAULTS = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # of a malformed entry
@@ -1393,54 +1375,51 @@ def read_json(path, *names):
     """The lists of these names in a JSON file; UserError with the file, the line and the fault."""
     try:
         data = json.loads(Path(path).read_bytes())
-        lists = [data[name] for name in names]
+        return [list(data[name]) for name in names]
     except (*FAULTS, OSError) as error:
         line = getattr(error, "lineno", 1)
         raise UserError(f"{path}, line {line}: no JSON object with {names}: {error!r}") from error
-    insist(all(isinstance(found, list) for found in lists), f"{path}, line 1: no lists {names}")
-    return lists
 
 
 def read_coco(root, split, skipped):
     """Records of COCO 2017's split: "train" with captions, "val" with targets too, the instances
     of each category in an image. Boxes, masks and pixels as stored, not as EXIF would turn them."""
-    folder = root / f"{split}2017"
-    captions = root / f"annotations/captions_{split}2017.json"
-    instances = root / f"annotations/instances_{split}2017.json"
-    missing = ", no ".join(str(p) for p in (captions, instances, folder) if not p.exists())
-    insist(
-        not missing,
-        f"--root {root}: there is no {missing}; python -m tests.paper.convert coco {root} fetches "
-        "all (20 GB), or see https://cocodataset.org",
+    folder, notes = root / f"{split}2017", root / "annotations"
+    captions, instances = (
+        notes / f"captions_{split}2017.json",
+        notes / f"instances_{split}2017.json",
     )
+    for path in (captions, instances, folder):
+        how = (
+            f"python -m tests.paper.convert coco {root} fetches it (20 GB), or see cocodataset.org"
+        )
+        insist(path.exists(), f"--root {root}: there is no {path}; {how}")
     images, said = read_json(captions, "images", "annotations")
     there, records, names = set(os.listdir(folder)), {}, {}
 
     def add_image(number, entry):
-        name = entry["file_name"]
+        name, size = entry["file_name"], [entry["height"], entry["width"]]
         insist(Path(name).name == name, f"{name} leads out of the folder")
         insist(name in there, f"there is no file {name}")
         insist(entry["id"] not in records, "its id is there twice")
-        size = entry["height"], entry["width"]
         record = {"image": folder / name, "captions": [], "targets": {}, "size": size}
         records[entry["id"]] = record | {"split": split}
-
-    def record_of(entry):
-        insist(entry["image_id"] in records, f"there is no image {entry['image_id']}")
-        return records[entry["image_id"]]
 
     def add_caption(number, entry):
         caption = entry["caption"]
         insist(isinstance(caption, str) and caption.strip(), f"no caption: {caption!r}")
-        record_of(entry)["captions"].append(caption.strip())
+        records[entry["image_id"]]["captions"].append(caption.strip())
 
     def add_instance(number, entry):
-        record, name = record_of(entry), names[entry["category_id"]]
+        record, name, part = (
+            records[entry["image_id"]],
+            names[entry["category_id"]],
+            entry["segmentation"],
+        )
         (height, width), (x, y, w, h) = record["size"], entry["bbox"]
         box = [max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)]
         insist(box[0] < box[2] and box[1] < box[3], f"its box {entry['bbox']} has no pixel")
-        empty = {"phrase": name, "boxes": [], "mask": {"size": [height, width], "parts": []}}
-        part = entry["segmentation"]
+        empty = {"phrase": name, "boxes": [], "mask": {"size": record["size"], "parts": []}}
         target = record["targets"].setdefault(name, empty)
         target["mask"]["parts"].append(part)
         target["boxes"].append(box)
@@ -1479,33 +1458,25 @@ def decode_mask(mask):
     return np.asarray(drawn) | runs.T
 
 
-def check_target(target):
-    """UserError where a target of a JSONL file is none."""
-    phrase, boxes = target["phrase"], target["boxes"]
-    good = isinstance(phrase, str) and phrase.strip() and boxes
-    for x0, y0, x1, y1 in boxes:
-        good = good and x0 < x1 and y0 < y1
-    insist(good, "no phrase, or a box that is not [x0, y0, x1, y1] with x0 < x1 and y0 < y1")
-
-
 def read_record(line, folder):
-    """A record from a line of JSONL; a fault (FAULTS) says what is wrong with it."""
+    """A record from a line of JSONL; one of FAULTS says what is wrong with it."""
     record = json.loads(line)
-    insist(isinstance(record, dict), 'a record is an object {"image": …, "captions": [ … ]}')
-    name, captions = Path(str(record.get("image"))), record.get("captions")
+    name, captions = Path(record["image"]), record["captions"]
+    split, targets = record.get("split", "train"), record.get("targets") or []
     inside = not name.is_absolute() and ".." not in name.parts
     insist(inside, f'"image": {name} leads out of {folder}')
     insist((folder / name).is_file(), f'"image": there is no picture {folder / name}')
     good = isinstance(captions, list) and captions and all(isinstance(c, str) for c in captions)
     insist(good, '"captions" must be a list of at least one string')
-    targets, split = record.get("targets") or [], record.get("split", "train")
-    try:
-        for target in targets:
-            check_target(target)
-    except FAULTS as error:
-        raise UserError(f'"targets": {error}') from error
-    insist(isinstance(split, str) and split, '"split" must be a word, such as "train" or "val"')
-    return record | {"image": folder / name, "targets": targets, "split": split}
+    insist(isinstance(split, str), '"split" must be a word, such as "train", "val" or "test"')
+    for target in targets:
+        good = target["phrase"].strip() and target["boxes"]
+        for x0, y0, x1, y1 in target["boxes"]:
+            good = good and x0 < x1 and y0 < y1
+        insist(
+            good, '"targets": it is {"phrase": …, "boxes": [[x0, y0, x1, y1], …]}, x0 < x1, y0 < y1'
+        )
+    return record | {"image": folder / name, "split": split, "targets": targets}
 
 
 def read_jsonl(path):
@@ -1514,20 +1485,17 @@ def read_jsonl(path):
     every tenth is held out."""
     path, records = Path(path), []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if line.strip():
-            try:
-                records.append(read_record(line, path.parent))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON: {error.msg}") from error
-            except FAULTS as error:
-                raise UserError(f"{path}, line {number}: {error}") from error
+        try:
+            records += [read_record(line, path.parent)] if line.strip() else []
+        except FAULTS as error:
+            missing = " is missing" if isinstance(error, KeyError) else ""
+            raise UserError(f"{path}, line {number}: {error}{missing}") from error
+    if all(record["split"] == "train" for record in records):
+        for record in records[9::10] or records[-1:]:
+            record["split"] = "val"
+        print(f'{path.name}: no line says "split": "val"; every tenth is held out to evaluate on')
     train = [record for record in records if record["split"] == "train"]
-    held_out = [record for record in records if record["split"] != "train"]
-    if train and not held_out:
-        held_out = [record | {"split": "val"} for record in train[9::10] or train[-1:]]
-        train = [record for n, record in enumerate(train) if n % 10 != 9] if train[9:] else train
-        print(f'{path.name}: no line says "split": "val"; {len(held_out)} records are held out')
-    return train, held_out
+    return train, [record for record in records if record["split"] != "train"]
 
 
 def load_data(options, skipped):
@@ -1573,25 +1541,24 @@ def usable(records, options, skipped):
     """The records to evaluate on: of the first --eval-images of each split those whose picture can
     be read, with the targets whose masks can."""
     kept, seen = [], Counter()
+
+    def check_target(number, target):
+        if target.get("mask") is not None:
+            shape = decode_mask(target["mask"]).shape
+            insist(shape == size, f"{record['image']} has {size} pixels, its mask {shape}")
+        targets.append(target)
+
     for record in records:
         seen[record["split"]] += 1
         if 0 < options.eval_images < seen[record["split"]]:
             continue
         try:
-            size = load_pixels(record["image"]).shape[:2]
+            size, targets = load_pixels(record["image"]).shape[:2], []
         except UserError as error:
             skipped.add("image", record["image"], error)
-            continue
-        targets = []
-        for target in record["targets"]:
-            try:
-                mask = target.get("mask")
-                same = mask is None or decode_mask(mask).shape == size
-                insist(same, f"the picture has {size} pixels, its mask not")
-                targets.append(target)
-            except FAULTS as error:
-                skipped.add("mask", f"{target['phrase']} in {record['image']}", error)
-        kept.append(record | {"targets": targets})
+        else:
+            each("mask", record["targets"], check_target, skipped)
+            kept.append(record | {"targets": targets})
     return kept
 
 
@@ -1639,49 +1606,26 @@ def ignore_interrupt(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
 
 
-# What --resume may change of a run's options; and what a look back at it may change too.
-MAY_CHANGE = {"out", "device", "workers", "lr", "save_every", "eval_images", "max_bad"}
-LOOK_BACK = {"data", "root", "cam_layer", "seed"}
-ONCE = {"resume", "eval_only", "ground", "device"}  # a command's, not a run's
-TABLE = {
-    "pointing, phrases": ["pointing_phrases"],
-    "  colour shared": ["pointing_shared_colour"],
-    "  shape shared": ["pointing_shared_shape"],
-    "  pair never seen": ["pointing_unseen"],
-    "pointing, subjects": ["pointing_subjects"],
-    "multi-object IoU": ["multi_object_iou"],
-    "balance": ["balance"],
-    "R@1/5/10, i. to t.": ["r1_image_to_text", "r5_image_to_text", "r10_image_to_text"],
-    "R@1/5/10, t. to i.": ["r1_text_to_image", "r5_text_to_image", "r10_text_to_image"],
-    "  ITM: i. to t.": [f"r{k}_image_to_text_itm" for k in (1, 5, 10)],
-    "  ITM: t. to i.": [f"r{k}_text_to_image_itm" for k in (1, 5, 10)],
-    "VQA": ["vqa"],
-}
+ONCE = ("resume", "eval_only", "ground", "device")  # asked of one command, not kept with a run
 
 
 def table(results):
-    """Results {training: {measure: value}} as text, in percent: a measure a line (the data's own
-    tags and kinds of question last), a training a column, and what chance gives."""
-    first = next(iter(results.values()))
-    known = {name for names in TABLE.values() for name in names}
-    own = [name for name in first if name.split("_")[0] in ("pointing", "vqa")]
-    own = [name for name in own if name not in known and "_chance" not in name]
-    columns = [(name, result, "") for name, result in results.items()]
-    columns += [("chance", first, "_chance"), ("any pixel", first, "_chance_pixel")]
-    lines = [" " * 32 + "".join(f"{name:>17}" for name, _, _ in columns)]
-    for title, names in (TABLE | {name: [name] for name in own}).items():
-        if names[0] in first:
-            line = f"{title:32}"
-            for _, result, suffix in columns:
-                values = [result.get(name + suffix) for name in names]
-                text = "" if None in values else "/".join(f"{100 * v:.1f}" for v in values)
-                line += f"{text:>17}"
-            lines.append(line)
+    """Results {training: {measure: value}} as text, in percent: a measure a line, a training a
+    column, then what chance gives, and any pixel."""
+    columns = [*results, "chance", "any pixel"]
+    lines = [" " * 34 + "".join(f"{name:>12}" for name in columns)]
+    for name in next(iter(results.values())):
+        if "_chance" not in name:
+            values = [result[name] for result in results.values()]
+            first = next(iter(results.values()))
+            values += [first.get(f"{name}_chance"), first.get(f"{name}_chance_pixel")]
+            shown = ["" if value is None else f"{100 * value:.1f}" for value in values]
+            lines.append(f"{name:34}" + "".join(f"{text:>12}" for text in shown))
     return "\n".join(lines)
 
 
 def free_cores():
-    """Cores that no other program uses just now (Linux: the idle time in /proc/stat; elsewhere all).
+    """Cores that no other program uses just now (by the idle time in /proc/stat; all without it).
     Threads that wait for each other spin: beside one busy program on 2 cores, two of them train
     half as fast as one."""
     cores, ticks = os.cpu_count() or 1, []
@@ -1704,33 +1648,20 @@ class CommandLine(argparse.ArgumentParser):
 def parse_options(argv=None):
     """The Options of a command: what was typed; else, for one that goes on from a run, that run's;
     else what suits the data."""
-    cli = CommandLine(
-        description=__doc__,
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=29),
-        allow_abbrev=False,
-    )
+    formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=29)
+    cli = CommandLine(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     for f in fields(Options):
-        how = {bool: {"action": "store_true"}, list: {"nargs": "+", "metavar": "ARG"}}
-        how = how.get(f.type, {"type": f.type, "metavar": f.type.__name__.upper()})
-        shown = f" [{f.default}]" if f.default else ""
-        flag = "--" + f.name.replace("_", "-")
-        cli.add_argument(flag, default=f.default, help=f.metadata["help"] + shown, **how)
+        how = {"type": f.type, "metavar": f.type.__name__.upper()}
+        how = {bool: {"action": "store_true"}, list: {"nargs": "+"}}.get(f.type, how)
+        text = f.metadata["help"] + (f" [{f.default}]" if f.default else "")
+        cli.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **how)
     typed = cli.parse_args(argv)
     cli.set_defaults(**presets(typed.data, typed.base))
-    saved = {}
     if typed.resume or typed.eval_only or typed.ground:
         path = Path(cli.parse_args(argv).out) / "options.json"
         insist(path.exists(), f"there is no run in {path.parent}: train first, or say --out FOLDER")
-        saved = json.loads(path.read_text())
-        cli.set_defaults(**saved)
+        cli.set_defaults(**json.loads(path.read_text()))
     options = Options(**vars(cli.parse_args(argv)))
-    may_change = MAY_CHANGE if options.resume else MAY_CHANGE | LOOK_BACK
-    for name in set(saved) - may_change:
-        insist(
-            getattr(options, name) == saved[name],
-            f"--{name} is {saved[name]} in {options.out}; of a run's options this command may "
-            f"change {', '.join(sorted(may_change))}",
-        )
     check_options(options)
     return options
 
@@ -1744,25 +1675,22 @@ def check_options(options):
     }
     if options.device == "auto":
         options.device = next(device for device in here if here[device])
-    for f in fields(options):
-        least, value = f.metadata["least"], getattr(options, f.name)
-        good = least is None or value >= least
-        insist(good, f"--{f.name.replace('_', '-')} {value}: at least {least}, please")
-    scenes, known, parts = (
-        options.data == "scenes",
-        {*LEVELS, "composition"},
+    numbers = {name: v for name, v in asdict(options).items() if isinstance(v, (int, float))}
+    for name, value in numbers.items():
+        insist(value >= 0, f"--{name.replace('_', '-')} {value}: 0 or more, please")
+    parts, layers, levels = (
         options.accumulate * WORLD,
+        options.fusion_layers,
+        {*LEVELS, "composition"},
     )
+    fits = parts and options.batch_size and options.batch_size % parts == 0
+    insist(fits, f"--batch-size: take a multiple of {parts}, --accumulate times processes")
     insist(here.get(options.device), f"--device {options.device}: this machine has none")
-    insist(options.base in MODELS, f"--base {options.base}: it is {' or '.join(MODELS)}")
-    insist(set(options.levels.split(",")) <= known, f"--levels: they are {', '.join(known)}")
+    insist(set(options.levels.split(",")) <= levels, f"--levels: they are {', '.join(levels)}")
     insist(options.width % max(4, options.width // 64) == 0, "--width: take a multiple of 64")
-    layers = options.fusion_layers
     insist(options.cam_layer < layers, f"--cam-layer: the fusion layers are 0 to {layers - 1}")
     insist(not (options.pretrained and options.vit == "scenes"), "--pretrained: say --vit NAME too")
-    insist(not (options.parses and scenes), "--parses: scenes are parsed as they are drawn")
-    good = options.batch_size % parts == 0
-    insist(good, f"--batch-size: take a multiple of {parts}, --accumulate times processes")
+    insist(not options.parses or options.data != "scenes", "--parses: scenes are parsed as drawn")
 
 
 def prepare(options):
@@ -1858,26 +1786,20 @@ def look(options):
     print(path.with_name("ground.png"))
 
 
-def set_up(options):
-    """The device, its threads and, under torchrun, the group of processes; says what it runs on."""
-    if options.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(free_cores())
-    if WORLD > 1:
-        torch.distributed.init_process_group("nccl" if options.device == "cuda" else "gloo")
-    if RANK == 0:
-        threads = f"{torch.get_num_threads()} of {os.cpu_count()} cores (OMP_NUM_THREADS overrules)"
-        print(f"hist.py on {options.device}, {threads}, into {options.out}", file=sys.stderr)
-
-
 def main(argv=None):
     """Do what was typed. A mistake, a full disk or too little memory ends it with one line and
     status 2; Ctrl-C with the command that resumes."""
     options = None
     try:
         options = parse_options(argv)
-        set_up(options)
+        if options.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        elif "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(free_cores())
+        if WORLD > 1:
+            torch.distributed.init_process_group("nccl" if options.device == "cuda" else "gloo")
+        threads = f"{torch.get_num_threads()} threads (OMP_NUM_THREADS says otherwise)"
+        print(f"hist.py on {options.device}, {threads}, into {options.out}", file=sys.stderr)
         (look if options.ground else run)(options)
         if WORLD > 1:
             torch.distributed.destroy_process_group()
