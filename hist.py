@@ -89,7 +89,7 @@ class Options:
     width: int = option(64, "width of the text and fusion layers")
     text_layers: int = option(1, "layers of the text encoder")
     fusion_layers: int = option(2, "layers in which text attends to the image")
-    cam_layer: int = option(1, "fusion layer that Grad-CAM reads, 0 the first")
+    cam_layer: int = option(0, "fusion layer that Grad-CAM reads, 0 the first")
     vocab_size: int = option(10_000, "words kept, most frequent first; the rest are [UNK]")
     eval_images: int = option(500, "held-out images to evaluate on, a split; 0: all")
     save_every: int = option(200, "steps between checkpoints")
@@ -113,11 +113,10 @@ def presets(data, base):
     if data != "scenes":
         preset |= PHOTOGRAPHS | (ON_GPU if torch.cuda.is_available() else ON_CPU)
         preset["fusion_layers"] = preset["text_layers"]
-        preset["cam_layer"] = (preset["fusion_layers"] - 1) // 2  # ALBEF's: the third of six
     if base == "blip":
-        layers = preset["text_layers"] + preset["fusion_layers"]
-        preset |= {"text_layers": 0, "fusion_layers": layers, "cam_layer": (layers - 1) // 2}
-        preset["out"] += "-blip"
+        preset["fusion_layers"] += preset["text_layers"]
+        preset |= {"text_layers": 0, "out": preset["out"] + "-blip"}
+    preset["cam_layer"] = (preset["fusion_layers"] - 1) // 2  # the middle: ALBEF's third of six
     return preset
 
 
@@ -260,7 +259,8 @@ class Samples(Dataset):
 
     def text(self, level, parsed, number, parses, rng):
         """Phrase `number`'s text of a level, masked, and the keys that make positives."""
-        text = (level.texts(parsed) or [""])[number if len(level.texts(parsed)) > number else 0]
+        texts = level.texts(parsed) or [""]
+        text = texts[number % len(texts)]
         ids = self.tokenizer.encode(text)
         masked, labels = self.tokenizer.mask_words(ids, rng)
         key = text_key(text) if text else NO_TEXT
@@ -1055,7 +1055,7 @@ def draw_map(ax, title, picture, heat, region):
     ax.imshow(picture, **how)
     ax.set_title(textwrap.fill(title, 32), fontsize=9, parse_math=False)
     if heat is not None:
-        ax.imshow(heat, cmap="inferno", alpha=0.7, **how)
+        ax.imshow(heat, cmap="inferno", alpha=0.7, vmin=0, **how)
         y, x = (np.array(np.unravel_index(heat.argmax(), heat.shape)) + 0.5) / heat.shape
         ax.plot(x, y, "x", color="cyan", markersize=9, markeredgewidth=2)
     if region is not None:
