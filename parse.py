@@ -486,18 +486,6 @@ def parse(caption):
     tokens = list(map(Token, texts, *zip(*spans), [UPOS[t] for t in tags], head, label))
     return Parse(caption, tokens, read_phrases(caption, spans, words, tags, label, ends))
 
-def caption_texts(parsed):
-    """The caption itself, as the one text of its level."""
-    return [parsed.caption]
-
-def phrase_texts(parsed):
-    """The phrases of a caption, in its order."""
-    return [phrase.text for phrase in parsed.phrases]
-
-def subject_texts(parsed):
-    """Their subjects, as many and in the same order."""
-    return [phrase.subject for phrase in parsed.phrases]
-
 def compose(a, b):
     """The text of the composite of two phrases."""
     return f"{a.text} and {b.text}"
