@@ -170,11 +170,11 @@ FIXED = with_plurals("""big-ben big-rig close-up double-decker flat-screen frenc
     light-switch orange-juice orange-peel orange-slice polar-bear rear-view smart-phone
     stainless-steel third-base top-hat wet-suit wild-flower""")
 # "a group of people" is one phrase, and people is its subject.
-QUANTITY = with_plurals("""amount array assortment batch bit bite body bunch bunches bundle chunk
-    cluster collection couple crowd dozen flock gang group half halves handful herd hundred kind
-    line load lot mix multitude number pack pair part patch patches piece pile plenty portion row
-    section selection series serving set slice sort stack string strip swirl team thousand ton trio
-    type varieties variety""")
+QUANTITY = with_plurals("""amount array assortment batch bit bite bunch bunches bundle chunk cluster
+    collection couple crowd dozen flock gang group half halves handful herd hundred kind line load
+    lot mix multitude number pack pair part patch patches piece pile plenty portion row section
+    selection series serving set slice sort stack string strip swirl team thousand ton trio type
+    varieties variety""")
 # A picture of a dog shows a dog: the dog is a phrase, the picture is none.
 PICTURES = with_plurals("""close close-up closeup footage image photo photograph picture portrait
     selfie shot snapshot up view""")
@@ -352,7 +352,8 @@ def owns(near):
 RULES = (
     (ALL, ANY, RIDING + PARKED, PRON),  # people, *all* wearing hats
     (ALL, ANY, ANY, DET),  # *all* people
-    (ADJ, DET, ANY, PRON, lambda near: (near.before, near.word) == ("each", "other")),
+    (ADJ, DET, ANY, PRON, lambda near: f"{near.before} {near.word}" == "each other"),
+    (ADJ, DET, RIDING, PRON, lambda near: near.word == "other"),  # the *other* riding
     (ADJ, NOUN, ANY, NOUN, is_place),  # a hill *top*
     (ADJ, ANY, NOUNISH + RIGHT, ADJ),  # a *red* bus
     (ADJ, ANY, ANY, NOUN, is_place),  # on *top* of
@@ -383,7 +384,7 @@ RULES = (
     (RIDING, INSIDE + COMPOUND + BETWEEN + NOUN, THINGS, COMPOUND, compounds),
     (RIDING, INSIDE + DEGREE, NOUNISH, PARTICIPLE),  # a *smiling* man
     (RIDING, BETWEEN + VERB + ING, NOUNISH, PARTICIPLE, lambda near: near.word in ING_STATE),
-    (RIDING, PREPS, ADJ, ING),
+    (RIDING, PREPS, ADJ + RIDING + VERB, ING),
     (RIDING, PREPS, NOUNISH, PARTICIPLE, lambda near: near.before in ("of", "with")),
     (RIDING, ARTICLES, ANY, NOUN),  # the *landing*
     (RIDING, ANY, ANY, ING),  # a man *riding*
@@ -405,7 +406,7 @@ RULES = (
     (BACK, ANY, NOUNISH, NOUN),  # *back* wheels
     (NEARBY, ARTICLES + ADJ, ANY, ADJ),  # a *nearby* house
     (RIGHT, ANY, NOUNISH + BACK, ADJ),  # the *right* hand
-    (RIGHT, ARTICLES, ANY, NOUN),  # his *right*
+    (RIGHT, ARTICLES + ADJ + PREPS, ANY, NOUN),  # his *right*
     (UP, ANY, STARTS + OPENERS + PRON + THAT + BACK, PREP),  # *up* a hill
     (NEARBY + RIGHT + UP + BACK, ANY, ANY, ADV),  # looking *up*
     (HER, ANY, NOUNISH + RIGHT + BACK, POSS),  # *her* hat
@@ -495,7 +496,7 @@ def read_phrases(caption, spans, words, tags):
             subject -= 1
         start = first if quantity is None or words[first - 1] != "of" else quantity
         quantity = None
-        if words[last + 1] == "of" and words[last] in QUANTITY:
+        if words[last + 1] == "of" and (words[last] in QUANTITY or words[last] == "body"):
             quantity = start
         elif is_thing(words, tags, first, last, subject):
             begin, end = spans[start + (words[start] == "whose")][0], spans[last][1]
@@ -541,3 +542,552 @@ def phrase_texts(parsed):
 def subject_texts(parsed):
     """The subjects of the phrases."""
     return [phrase.subject for phrase in parsed.phrases]
+
+
+# ==== (b) The tree: it is built only when asked for, and changes no phrase and no subject =======
+
+# Universal Dependencies: parts of speech with their tags; relations inside a noun phrase, where
+# nouns are "compound"; relations of words that wait for a head to their right.
+EXPLETIVE = "X"  # *there* is a dog: a tag that only a tree asks for
+UPOS = {
+    "ADJ": ADJ,
+    "ADP": PREPS,
+    "ADV": ADV + DEGREE,
+    "AUX": BE + AUX,
+    "CCONJ": CONJ,
+    "DET": DET,
+    "NOUN": COMPOUNDS + OWNER,
+    "NUM": NUM,
+    "PART": INF + GENITIVE,
+    "PRON": POSS + PRON + REL + EXPLETIVE,
+    "PUNCT": COMMA + MARK,
+    "SCONJ": SUB,
+    "VERB": VERB + ING + PAST + PARTICIPLE,
+}
+INNER = {DET: "det", POSS: "nmod:poss", OWNER: "nmod:poss", ADJ: "amod", PARTICIPLE: "amod"}
+INNER.update({DEGREE: "advmod", NUM: "nummod"})
+WAITS = {ADV: "advmod", DEGREE: "advmod", PREP: "case", LINK: "case", GENITIVE: "case", CONJ: "cc"}
+WAITS.update({INF: "mark", SUB: "mark", BE: "aux", AUX: "aux", EXPLETIVE: "expl"})
+WAITS.update({COMMA: "punct", MARK: "punct"})
+HAVE = ("has", "have", "having")
+NOMINAL, PLACE, EXISTS = "n", "a", "b"  # a noun phrase; next *to*; there *is*
+NONE, WAITING = -1, -2  # no word; the head of a word that has none yet
+# "picks up a box": up belongs to picks; "tries to", "starts": what follows completes it; "gives a
+# boy a ball"; "cuts it with a knife": the knife belongs to cuts.
+PARTICLE = re.compile(
+    r"(?:pick|tak|took|wak|wok|hold|held|lift|put|cut|set|stick|stuck|blow|throw|fill|get|roll|fold"
+    r"|turn|pull|try)[a-z]* (?:up|off|out|down|away)$"
+)
+COMPLETED = re.compile(
+    "tr[yi]|want|beg[iau]|start|gett?|got|ready|about|prepar|attempt|learn|lik|lov|seem|appear|need"
+    "|continu|keep|able|wait|enjoy"
+)
+GIVES = re.compile("giv|gave|show|feed|fed|hand|offer|serv|toss|throw")
+TOOLS = (
+    "knife fork spoon racket racquet bat hand hands brush scissors chopsticks stick hose".split()
+)
+
+# A token in its tree: tag is its universal part of speech, head the index of its head (-1: it is
+# the root), label its relation to the head.
+Node = namedtuple("Node", "text start end tag head label")
+
+
+def refine(words, tags):
+    """The tags, with distinctions that only a tree asks for."""
+    tags = [*tags, MARK]
+    for i, (word, after) in enumerate(zip(words, [*words[1:], ""])):
+        if word in HAVE and tags[i + 1] in (BE, PAST):
+            tags[i] = AUX  # has been
+        elif word in ("all", "both"):
+            tags[i] = DET
+        elif word == "there" and tags[i + 1] in (VERB, BE, AUX):
+            tags[i] = EXPLETIVE
+        elif word == "about" and after == "to":
+            tags[i] = ADJ
+        elif word in ("after", "before") and after in ("he", "she", "they", "we"):
+            tags[i] = SUB
+        elif tags[i] == PREP and tags[i - 1] in VERB + ING + PAST:
+            tags[i] = ADV if PARTICLE.match(f"{words[i - 1]} {word}") else PREP
+    return tags[:-1]
+
+
+class Grower:
+    """Hangs the words of a caption together in one pass, left to right.
+
+    A word is hung on one to its left, or waits until one to its right, or at last the root,
+    takes it. The attributes are indices of words: the latest of each kind.
+    """
+
+    def __init__(self, words, tags):
+        self.words, self.tags, self.ends = words, tags, dict(noun_phrases(tags))
+        self.heads, self.labels = [WAITING] * len(words), [""] * len(words)
+        self.root = self.noun = self.verb = self.first_verb = NONE
+        self.joined = self.joint = NONE  # a noun phrase joined to another, and its conjunction
+        self.place = ""  # the latest preposition
+        self.cases = []  # prepositions that wait for a noun phrase
+        self.open_clause()
+
+    def open_clause(self):
+        """What waits for a predicate: nothing yet."""
+        self.subject = self.relative = self.conjunction = self.mark = self.auxiliary = NONE
+        self.waiting = []
+
+    def hang(self, word, head, label):
+        self.heads[word], self.labels[word] = head, label
+
+    def hang_modifiers(self, first, last):
+        """Words of a noun phrase hang on its head, or on a noun or an adjective inside it."""
+        owner = adjective = last
+        joined, chain = [], NONE  # adjectives that hang on the first of their chain
+        for i in range(last - 1, first - 1, -1):
+            tag, after = self.tags[i], self.tags[i + 1]
+            if tag == GENITIVE:
+                self.hang(i, i - 1, "case")
+                self.hang(i - 1, owner, "nmod:poss")
+                owner = i - 1
+            elif tag in JOINTS:
+                self.hang(i, adjective, WAITS[tag])
+                if tag == CONJ or after == CONJ or adjective == chain:
+                    joined = [*joined, adjective] if adjective == chain else [adjective]
+                    chain = i - 1  # red, white and blue; but a large, brown dog
+                    for member in joined:
+                        self.hang(member, chain, "conj")
+            elif not self.labels[i]:
+                story = tag == NUM and "".join(self.tags[i + 1 : last + 1]) == NOUN * 2
+                near = tag == DEGREE or tag == NOUN and after == PARTICIPLE
+                near = near or story and self.words[i] != "one"  # a three story house
+                self.hang(i, i + 1 if near else owner, INNER.get(tag, "compound"))
+            if tag in (ADJ, PARTICIPLE):
+                adjective = i
+
+    def grow(self):
+        """Fills heads and labels."""
+        for first, last in self.ends.items():
+            self.hang_modifiers(first, last)
+        index = -1
+        while index + 1 < len(self.words):
+            start = index + 1
+            index, kind = self.kind(start)
+            copula = self.auxiliary >= 0 and self.tags[self.auxiliary] == BE
+            if kind in WAITS:
+                self.wait(index, kind)
+                continue
+            if kind == REL:
+                head, label = self.hang_relative(index)
+            elif kind == NOMINAL and not copula:
+                head, label = self.hang_noun(index, start)
+            else:
+                head, label = self.hang_predicate(index, kind, copula)
+            self.hang(index, head if head >= 0 else WAITING, label)
+        self.finish()
+
+    def kind(self, index):
+        """The head of the noun phrase that begins at index and NOMINAL, or index and its kind."""
+        tag, before = self.tags[index], self.tags[index - 1 : index]
+        in_red = tag in ADJ + PARTICIPLE and self.cases and self.auxiliary < 0
+        if index in self.ends or in_red or tag in DET + POSS + NUM + COMPOUND:
+            return self.ends.get(index, index), NOMINAL
+        if tag == ADV and self.tags[index + 1 : index + 2] == [LINK] and not self.particle(index):
+            return index, PLACE
+        return index, EXISTS if tag == BE and before == [EXPLETIVE] else tag
+
+    def particle(self, index):
+        return self.verb >= 0 and PARTICLE.match(f"{self.words[self.verb]} {self.words[index]}")
+
+    def wait(self, index, tag):
+        """A function word waits for what it belongs to, or hangs on the verb before it."""
+        self.labels[index] = WAITS[tag]
+        if tag == ADV and self.particle(index):
+            self.hang(index, self.verb, "compound:prt")
+        elif tag in (ADV, DEGREE) and self.verb > self.noun:
+            self.heads[index] = self.verb
+        elif tag in PREPS:
+            self.cases.append(index)
+        elif tag in JOINTS:
+            self.conjunction = index
+        elif tag not in MARK + GENITIVE:
+            self.waiting.append(index)
+        if tag in (AUX, BE):
+            self.auxiliary = index
+        if tag in (INF, SUB) and self.mark < 0:
+            self.mark = index
+
+    def hang_relative(self, index):
+        """Who hangs on its noun until a verb comes: a man in a hat who; a man who."""
+        head, noun = self.heads[self.noun], self.noun
+        if self.subject < 0:
+            self.relative = index
+        if self.words[index] == "who" and self.words[noun] not in MOVERS and head >= 0:
+            noun = head if self.words[head] in MOVERS else noun
+        return noun, "nsubj"
+
+    def hang_noun(self, index, start):
+        """Head and label of a noun phrase that is no predicate; start is its first word."""
+        noun, verb = self.noun, self.verb
+        for case in self.cases:
+            self.heads[case] = index
+        head, label = WAITING, ""
+        if self.cases:
+            head, label = self.hang_place(index)
+        elif self.conjunction >= 0 and self.root < 0 <= verb:  # while he rides, a dog | runs
+            self.heads[self.conjunction], self.root = verb, index
+        elif self.conjunction >= 0 and noun >= 0:  # a cat and a dog
+            head, label = self.first_of(noun), "conj"
+            self.heads[self.conjunction] = index
+            self.joined, self.joint = index, self.conjunction
+        elif self.subject < 0 and (self.relative >= 0 or self.mark >= 0):
+            self.subject = index  # waits for its verb: as an airplane | flies
+        elif verb > noun:
+            head, label = verb, "nsubj" if self.tags[verb] == BE else "obj"
+        elif self.root < 0:
+            self.root = index
+        elif self.labels[noun] == "obj" and GIVES.match(self.words[verb]):
+            head, label, self.labels[noun] = verb, "obj", "iobj"  # gives a boy a ball
+        else:
+            head, label = self.root, "parataxis"
+            if start == noun + 1 and self.tags[start] in DET + POSS:  # the toy the baby | holds
+                head, self.relative, self.subject = noun, index, index
+        self.noun, self.cases, self.conjunction = index, [], NONE
+        return head, label
+
+    def first_of(self, word):
+        """What a word is joined to, if it is: the head of the next one that is joined."""
+        return self.heads[word] if self.labels[word] == "conj" else word
+
+    def hang_place(self, index):
+        """A noun phrase after a preposition hangs on the noun or on the verb before it."""
+        noun, word = self.noun, self.words[index]
+        self.place = self.words[self.cases[0]]
+        near = self.verb < 0 or noun == self.subject or self.place == "of"
+        near = near or word in ("it", "them", "him") or self.place == "with" and word not in TOOLS
+        if noun <= self.verb or not near:
+            return self.verb, "obl"
+        head = self.heads[noun]
+        if self.place != "of" and self.labels[noun] == "nmod" and self.words[head] in QUANTITY:
+            return head, "nmod"  # a slice of pizza | on a plate
+        return noun, "nmod"
+
+    def hang_predicate(self, index, kind, copula):
+        """Head and label of a verb, a participle or another predicate; it takes what waits."""
+        free = self.auxiliary < 0
+        finite = not free or kind in (VERB, EXISTS)
+        for word in self.cases + self.waiting:
+            self.heads[word] = index
+            if word in self.cases and free and kind in VERB + ING:
+                self.labels[word] = "mark"  # for cutting
+        if copula and kind not in VERB + ING:
+            self.labels[self.auxiliary] = "aux:pass" if kind == PAST else "cop"
+        if self.relative >= 0 and self.tags[self.relative] != REL and not finite:
+            self.relative = self.subject = NONE
+        nsubj = "nsubj:pass" if kind == PAST and not free else "nsubj"
+        if self.relative >= 0:  # a man who rides; a horse that a man rides
+            head, label = self.heads[self.relative], "acl:relcl"
+            self.hang(self.relative, index, nsubj if self.subject < 0 else "obj")
+        elif self.mark >= 0:
+            head, label = self.hang_marked()
+        elif self.conjunction >= 0 and self.verb >= 0:  # sits and watches
+            head, label = self.first_of(self.verb), "conj"
+            self.heads[self.conjunction] = index
+        elif finite:
+            head, label = self.hang_clause(index)
+        else:
+            head, label = self.hang_participle(index, kind)
+        if self.subject >= 0:
+            self.hang(self.subject, index, nsubj)
+        if kind == NOMINAL:
+            self.noun = index
+        else:
+            self.verb = index
+        self.cases = []
+        self.open_clause()
+        return head, label
+
+    def hang_marked(self):
+        """While grazing; seems that it rains; ready to go; a man to watch."""
+        noun, verb = self.noun, self.verb
+        if self.tags[self.mark] == INF and self.subject < 0:
+            has = verb >= 0 and (self.words[verb] in HAVE or self.tags[verb] == BE)
+            if verb < 0 or noun > verb and has:
+                return noun, "acl"
+            completes = verb > noun and COMPLETED.match(self.words[verb])
+            return verb, "xcomp" if completes else "advcl"
+        if self.words[self.mark] == "that" and self.mark == verb + 1:
+            return verb, "ccomp"
+        return self.root, "advcl"
+
+    def hang_clause(self, index):
+        """A man | sits; a man sits and a dog | stands."""
+        if self.first_verb < 0:
+            self.subject, self.root, self.first_verb = self.root, index, index
+            return WAITING, ""
+        if self.noun > self.verb and self.labels[self.noun] in ("conj", "parataxis"):
+            self.subject = self.noun
+        if self.noun != self.joined:
+            return self.first_verb, "parataxis"
+        self.heads[self.joint] = index
+        return self.first_verb, "conj"
+
+    def hang_participle(self, index, kind):
+        """A man in a hat | riding; holding a bat | standing; a man stands | riding."""
+        noun, verb = self.noun, self.verb
+        if self.root < 0:
+            self.root = index
+            return WAITING, ""
+        before = max(verb, self.root)
+        if noun > verb:
+            moves = self.words[noun] in MOVERS or self.labels[noun] == "nsubj"
+            alone = verb < 0 and (self.place == "with" or self.words[self.root] not in MOVERS)
+            head = noun if kind != ING or moves or alone else before
+            usual = "advcl" if head == verb else "acl"
+            return head, {ADJ: "amod", PLACE: "advmod"}.get(kind, usual)
+        if kind == PLACE:
+            return before, "advmod"
+        completes = kind != ING or COMPLETED.match(self.words[verb])
+        return before, "xcomp" if completes else "advcl"
+
+    def finish(self):
+        """What still waits hangs on the root, which is the first word that can be one."""
+        able = [
+            i for i, tag in enumerate(self.tags) if self.heads[i] == WAITING and tag not in WAITS
+        ]
+        if self.root < 0:
+            self.root = able[0] if able else 0
+        for i, head in enumerate(self.heads):
+            if head == WAITING:
+                comma = self.tags[i : i + 2] == [COMMA, CONJ] and self.heads[i + 1] >= 0
+                head = self.heads[i + 1] if comma else self.root  # ", and": with the conjunction
+                self.hang(i, head, self.labels[i] or "dep")
+        self.hang(self.root, NONE, "root")
+
+
+def tree(parsed):
+    """The `Node`s of a `Parse`, one a token, in order; exactly one is the root. Linear."""
+    words = [token.text.lower() for token in parsed.tokens]
+    tags = refine(words, [token.tag for token in parsed.tokens])
+    grower = Grower(words, tags)
+    if words:
+        grower.grow()
+    upos = {tag: name for name, tags in UPOS.items() for tag in tags}
+    nodes = zip(parsed.tokens, tags, grower.heads, grower.labels)
+    return [Node(*token[:3], upos[tag], head, label) for token, tag, head, label in nodes]
+
+
+def graph(parsed):
+    """The tree as an nltk.parse.DependencyGraph: nodes 1 … n in caption order, 0 its TOP."""
+    from nltk.parse import DependencyGraph  # here, for it takes a second to import
+
+    rows = [f"{n.text}\t{n.tag}\t{n.head + 1}\t{n.label}" for n in tree(parsed)]
+    return DependencyGraph("\n".join(rows), cell_separator="\t", top_relation_label="root")
+
+
+# ==== (c) The command line: text, files and scores ==============================================
+
+
+def to_json(parsed):
+    """The hierarchy as dictionaries and lists: caption, phrases, texts of the composites."""
+    return {
+        "caption": parsed.caption,
+        "phrases": [phrase._asdict() for phrase in parsed.phrases],
+        "composites": [compose(a, b) for a, b in composites(parsed.phrases)],
+    }
+
+
+def show(parsed):
+    """As text: a line a word (number, word, tag, relation, head), then phrases and composites."""
+    nodes = tree(parsed)
+    heads = [f"{i} {node.text}" for i, node in enumerate(nodes, 1)] + ["root"]  # head -1: the last
+    lines = [parsed.caption]
+    for i, node in enumerate(nodes, 1):
+        lines.append(f"{i:>4} {node.text:<16} {node.tag:<6} {node.label:<11} <- {heads[node.head]}")
+    lines += [f"  phrase     {p.text}  (subject: {p.subject})" for p in parsed.phrases]
+    lines += [f"  composite  {compose(a, b)}" for a, b in composites(parsed.phrases)]
+    return "\n".join(lines) + "\n"
+
+
+def draw(parsed):
+    """The tree in text, a line a word: what stands before its head is drawn above it."""
+    nodes, lines = tree(parsed), [parsed.caption]
+    children = [[] for _ in nodes] + [[]]
+    for i, node in enumerate(nodes):
+        children[node.head].append(i)  # the root's head is -1, the last of these
+    # a word (NONE: only its line is left to write) and the branches above, at and below its line
+    stack = [(i, "", "", "") for i in children[-1]]
+    while stack:
+        i, above, line, below = stack.pop()
+        if i == NONE:
+            lines.append(line)
+            continue
+        left = [child for child in children[i] if child < i]
+        right = [child for child in children[i] if child > i]
+        rows = [(child, above + "│  ", above + "├─ ", above + "│  ") for child in left]
+        if left:
+            rows[0] = (left[0], above + "   ", above + "┌─ ", above + "│  ")
+        rows.append((NONE, "", f"{line + nodes[i].text:<34} {nodes[i].tag:<6}{nodes[i].label}", ""))
+        rows += [(child, below + "│  ", below + "├─ ", below + "│  ") for child in right]
+        if right:
+            rows[-1] = (right[-1], below + "│  ", below + "└─ ", below + "   ")
+        stack += reversed(rows)
+    return "\n".join(lines) + "\n"
+
+
+def read_captions(path):
+    """Yields the captions of COCO's .json, of .jsonl records or of a text, one a line; "-": stdin."""
+    with open(0 if path == "-" else path, encoding="utf-8", errors="replace") as file:
+        try:
+            if str(path).endswith(".json"):
+                yield from (row["caption"] for row in json.load(file)["annotations"])
+            for line in file:
+                row = {"caption": line.rstrip("\r\n")}
+                if str(path).endswith(".jsonl"):
+                    row = json.loads(line)
+                yield from row["captions"] if "captions" in row else [row["caption"]]
+        except (ValueError, KeyError, TypeError) as error:
+            kinds = ".json must be COCO's captions, .jsonl records with a caption or captions"
+            raise ValueError(f"{path}: {kinds} ({error!r})") from error
+
+
+def find(text, caption, start=0, taken=()):
+    """Spans of a text in a caption, whatever its spaces and capitals, outside the taken spans."""
+    pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, text.split())) + r"(?!\w)"
+    spans = [match.span() for match in re.compile(pattern, re.I).finditer(caption, start)]
+    return [(a, b) for a, b in spans if text.strip() and all(b <= c or d <= a for c, d in taken)]
+
+
+def locate(caption, answer):
+    """The `Phrase`s that [{"text": …, "subject": …}, …] names, in the order of the caption.
+
+    A row may have the spans that `to_json` writes. ValueError where the caption has no such phrase.
+    """
+    found, last = [], 0
+    for row in answer:
+        if not isinstance(row, dict) or not all(
+            type(row.get(k)) is str for k in ("text", "subject")
+        ):
+            raise ValueError(f"{row!r} is not a text and its subject")
+        (a, b), (s, e) = row.get("span", (0, 0)), row.get("subject_span", (0, 0))
+        written = caption[a:b] == row["text"] and caption[s:e] == row["subject"]
+        if not (written and last <= a <= s < e <= b):
+            a, b = next(iter(find(row["text"], caption, 0, [p.span for p in found])), (0, 0))
+            subjects = find(row["subject"], caption[:b], a)
+            if not subjects:
+                raise ValueError(f"{row['text']!r}, {row['subject']!r} are not in {caption!r}")
+            s, e = subjects[-1]
+        found.append(Phrase(caption[a:b], (a, b), caption[s:e], (s, e)))
+        last = b
+    return sorted(found, key=lambda phrase: phrase.span)
+
+
+def read_parses(path):
+    """{caption: [`Phrase`, …]} of a file with a line of `to_json` a caption; ValueError: which line."""
+    parses = {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                parses[row["caption"]] = locate(row["caption"], row["phrases"])
+            except (ValueError, KeyError, TypeError) as error:
+                wanted = '{"caption": …, "phrases": [{"text": …, "subject": …}, …]}'
+                raise ValueError(f"{path}:{number}: a line is {wanted} ({error})") from error
+    return parses
+
+
+def plain_text(phrase):
+    return re.sub(r"^(an?|the) ", "", " ".join(phrase.text.lower().split()))
+
+
+def plain_subject(phrase):
+    return phrase.subject.lower()
+
+
+def plain_head(phrase):
+    return phrase.subject.lower().split()[-1]
+
+
+def score(gold, parses):
+    """Text: precision, recall and F1 of parses, then each caption's errors.
+
+    Both are {caption: [`Phrase`, …]}. Small letters, no first article, multisets; a caption is
+    right when its subjects are the gold's, in order.
+    """
+    pairs = [(gold[caption], parses.get(caption, [])) for caption in gold]
+    found = max(1, sum(len(mine) for _, mine in pairs))
+    wanted = max(1, sum(len(theirs) for theirs, _ in pairs))
+    lines = [f"{'':10}{'precision':>10}{'recall':>10}{'F1':>10}"]
+    for name, view in ("phrases", plain_text), ("subjects", plain_subject), ("heads", plain_head):
+        hits = 0
+        for theirs, mine in pairs:
+            hits += (Counter(map(view, theirs)) & Counter(map(view, mine))).total()
+        f1 = 2 * hits / (found + wanted)
+        lines.append(f"{name:10}{hits / found:10.4f}{hits / wanted:10.4f}{f1:10.4f}")
+    right = sum([*map(plain_subject, a)] == [*map(plain_subject, b)] for a, b in pairs)
+    share, missing = right / max(1, len(gold)), len(gold.keys() - parses.keys())
+    lines.append(f"captions right: {right} of {len(gold)}, {share:.4f}; without a parse: {missing}")
+    for caption, sides in zip(gold, pairs):
+        theirs, mine = (
+            Counter(f"{plain_text(p)}  (subject: {plain_subject(p)})" for p in side)
+            for side in sides
+        )
+        lines += [f"\n{caption}"] if theirs != mine else []
+        lines += [f"  missed {phrase}" for phrase in (theirs - mine).elements()]
+        lines += [f"  wrong  {phrase}" for phrase in (mine - theirs).elements()]
+    return "\n".join(lines)
+
+
+def command_line():
+    """The options, as argparse reads them."""
+    parser = argparse.ArgumentParser(description="Parse captions into trees and hierarchies.")
+    add = parser.add_argument
+    add("captions", nargs="*", metavar="CAPTION", help="a caption to parse")
+    add("--file", help="parse each line of FILE, COCO's .json or .jsonl records; -: standard input")
+    add("--json", action="store_true", help="print one JSON object a caption instead of text")
+    add("--draw", action="store_true", help="draw the trees in text")
+    add(
+        "--score",
+        metavar="GOLD",
+        help="rate the rules, or --parses, on annotated captions (.jsonl)",
+    )
+    add("--parses", metavar="FILE", help="with --score: rate these parses (.jsonl)")
+    return parser.parse_args()
+
+
+def run(options):
+    """Prints what the options ask for; OSError and ValueError say what is wrong with them."""
+    if options.score:
+        gold = read_parses(options.score)
+        rules = {caption: parse(caption).phrases for caption in gold}
+        print(score(gold, read_parses(options.parses) if options.parses else rules))
+        return
+    if not options.captions and options.file is None:
+        raise ValueError("nothing to parse: give a caption in quotes, or --file FILE (- is stdin)")
+    for name in options.captions:
+        if " " not in name and "." in name and os.path.isfile(name):
+            raise ValueError(f"{name} is a file: --file {name} parses each of its lines")
+    lines = read_captions(options.file) if options.file else ()
+    for parsed in map(parse, chain(options.captions, lines)):
+        if options.json:
+            print(json.dumps(to_json(parsed), ensure_ascii=False))
+        else:
+            print(draw(parsed) if options.draw else show(parsed))
+
+
+def main():
+    """The command line; returns the exit status."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        run(command_line())
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print("parse.py: stopped", file=sys.stderr)
+        return 130
+    except (OSError, ValueError) as error:
+        file = getattr(error, "filename", None)
+        reason = f"cannot read {file}: {error.strerror}" if file else error
+        print(f"parse.py: {reason}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
