@@ -220,7 +220,7 @@ SINGULAR = ("a", "an", "one", "another", "each", "every")
 MANY = QUANTITY | {"few", "several", "many"}
 
 LEXICON = {"can": CAN, "her": HER, "one": ONE, "that": THAT, "to": TO}
-LEXICON.update({"all": ALL, "both": ALL, "back": BACK, "side": BACK})
+LEXICON |= {"all": ALL, "both": ALL, "back": BACK, "side": BACK}
 for (verb_class, s_class), verbs in VERBS.items():
     for verb in verbs.split():  # carry -> carries, watch -> watches, ride -> rides
         stem = re.sub("(s|x|z|o|[sc]h)$", r"\1e", re.sub("(?<![aeou])y$", "ie", verb))
@@ -565,10 +565,10 @@ UPOS = {
     "VERB": VERB + ING + PAST + PARTICIPLE,
 }
 INNER = {DET: "det", POSS: "nmod:poss", OWNER: "nmod:poss", ADJ: "amod", PARTICIPLE: "amod"}
-INNER.update({DEGREE: "advmod", NUM: "nummod"})
+INNER |= {DEGREE: "advmod", NUM: "nummod"}
 WAITS = {ADV: "advmod", DEGREE: "advmod", PREP: "case", LINK: "case", GENITIVE: "case", CONJ: "cc"}
-WAITS.update({INF: "mark", SUB: "mark", BE: "aux", AUX: "aux", EXPLETIVE: "expl"})
-WAITS.update({COMMA: "punct", MARK: "punct"})
+WAITS |= {INF: "mark", SUB: "mark", BE: "aux", AUX: "aux", EXPLETIVE: "expl"}
+WAITS |= {COMMA: "punct", MARK: "punct"}
 HAVE = ("has", "have", "having")
 NOMINAL, PLACE, EXISTS = "n", "a", "b"  # a noun phrase; next *to*; there *is*
 NONE, WAITING = -1, -2  # no word; the head of a word that has none yet
