@@ -154,14 +154,12 @@ def with_plurals(words):
 
 
 # -ing words that belong to the noun after them ("cutting board"), the first even where a verb may
-# stand ("a man, parking lots"); and those that describe it ("smiling people").
+# stand ("and parking lots"); and those that describe it ("smiling people").
 ING_ALWAYS = "baking cutting dining living parking roasting shopping swimming vending".split()
-ING_COMPOUND = (
-    ING_ALWAYS
-    + """bathing batting cooking drinking feeding fishing folding frying
-    gaming herding hunting ironing loading mixing operating playing racing reading riding running
-    sewing sitting skiing sleeping surfing training waiting walking watering""".split()
-)
+ING_COMPOUND = """baking bathing batting cooking cutting dining drinking feeding fishing folding
+    frying gaming herding hunting ironing living loading mixing operating parking playing racing
+    reading riding roasting running sewing shopping sitting skiing sleeping surfing swimming
+    training vending waiting walking watering""".split()
 ING_STATE = """flying hanging matching moving oncoming running sitting smiling standing towering
     walking""".split()
 # Words that belong to the noun after them: "hot dog" is a subject.
@@ -191,13 +189,7 @@ NOT_THINGS = with_plurals("""action adventure afternoon ages air attempt autumn 
 # Nor at sports, but at "a soccer ball"; nor at words that place things, but at "his back";
 # bare after a preposition ("on display"); in "in a row"; made, taken or had ("taking a swing").
 BALL_SPORTS = with_plurals("baseball basketball football soccer softball volleyball")
-SPORTS = (
-    "skating",
-    "boarding",
-    "surfing",
-    "skiing",
-    "sailing",
-)  # snow is no thing in "is snow skiing"
+SPORTS = ("skating", "boarding", "surfing", "skiing", "sailing")  # "is snow boarding"
 LOCATIONS = with_plurals("""back bottom center centre distance edge end front inside left middle
     outside rear right side top way""")
 BARE = """bat bloom board breakfast case christmas circles construction course dinner display duty
@@ -285,22 +277,22 @@ def classify(word):
 NOUNS = NOUN + PLURAL
 COMPOUNDS = NOUNS + COMPOUND
 JOINTS = COMMA + CONJ
-THINGS = NOUNS + ORANGE + RIDE + LIGHTS
-STARTS = THINGS + ADJ + NUM + COMPOUND + PARKED + PAINTING + RIDES + ONE
+THINGS = NOUNS + ORANGE + RIDE + LIGHTS  # may be a noun
+STARTS = THINGS + ADJ + NUM + COMPOUND + PARKED + PAINTING + RIDES + ONE  # starts a noun phrase
 NEXT = STARTS + RIDING + DEGREE
-NOUNISH = NEXT + VERB  # goes on a noun phrase
+NOUNISH = NEXT + VERB  # may go on a noun phrase
 ARTICLES = DET + POSS + ALL
-OPENERS = ARTICLES + HER  # opens one
+OPENERS = ARTICLES + HER  # starts a noun phrase and cannot go on one
 INSIDE = ARTICLES + ADJ + PARTICIPLE + NUM + GENITIVE  # stands in one, before its noun
 PREPS = PREP + LINK
 BETWEEN = START + JOINTS + PREPS  # stands before one
 PLACES = PREPS + UP + ADV
-AFTER = PLACES + TO + SUB + NOUNS + ADJ
+AFTER = PLACES + TO + SUB + NOUNS + ADJ  # may follow a verb that may be a noun
 FOLLOWS = PLACES + TO + SUB + JOINTS + MARK + OPENERS + NEARBY + PRON + THAT + BE  # follows a verb
 
-# A word between its neighbours: words; tags of the two to its left; classes of the two to its
-# right. words[index] is the word, tags are all that are decided.
-Near = namedtuple("Near", "word before after left2 left right right2 words tags index")
+# words[index] between its neighbours: words, tags of the two to its left, classes of the two to
+# its right; then all words and all tags, which are classes from index on.
+Near = namedtuple("Near", "index words tags before word after left2 left right right2")
 
 
 # Tests of what a rule asks for beside the two tags next to a word.
@@ -313,7 +305,7 @@ def after_mover(near):
 
 
 def after_one(near):
-    """A noun of one kind stands before; its plural would not follow: a bird *perches* on."""
+    """The noun before is one of its kind, so no plural follows it: a bird *perches* on."""
     words, tags, start = near.words, near.tags, near.index - 1
     bound = max(1, start - 8)
     while start > bound and tags[start] in COMPOUNDS + ADJ + PARTICIPLE + JOINTS:
@@ -364,6 +356,7 @@ RULES = (
     (NOUN, PLURAL + INF, OPENERS, VERB),  # to *pedal* a bike
     (NOUN, PLURAL, PLACES, VERB, lambda near: near.left2 in START + NUM),  # two men *grapple* on
     (PLURAL, NOUN + DEGREE, OPENERS, VERB),  # a boy *pedals* his bike
+    # a man stands and *bends* his knees
     (PLURAL, CONJ, OPENERS, VERB, lambda near: VERB in near.tags[: near.index][-9:]),
     (PLURAL, PRON, ANY, VERB),  # as she *bends*
     (PLURAL, NOUN, FOLLOWS + RIDING, VERB, after_one),  # a bird *perches* on
@@ -377,12 +370,14 @@ RULES = (
     (RIDE, JOINTS, ANY, VERB, lambda near: near.left2 == VERB),  # sit and *ride*
     (RIDE, PLURAL + BE, NOUNISH + FOLLOWS, VERB),  # people *ride* on
     (RIDE, NOUN + COMMA, OPENERS + PLACES, VERB, after_two),  # a man and a woman *ride* on
+    # bride and groom *walk* hand in hand
     (RIDE, NOUN, NEXT, VERB, lambda near: near.left2 == CONJ and after_two(near)),
     (PAINTING, PLURAL + BE + PRON + VERB, ANY, ING),  # people *painting*
     (PAINTING, NOUN, OPENERS, ING),  # a worker *painting* a wall
     (PAINTING, NOUN, ANY, ING, after_mover),  # a man *painting*
-    (RIDING, INSIDE + COMPOUND + BETWEEN + NOUN, THINGS, COMPOUND, compounds),
+    (RIDING, INSIDE + COMPOUND + BETWEEN + NOUN, THINGS, COMPOUND, compounds),  # a *cutting* board
     (RIDING, INSIDE + DEGREE, NOUNISH, PARTICIPLE),  # a *smiling* man
+    # and *smiling* people; a glass of *running* water, but a game of *throwing* red balls
     (RIDING, BETWEEN + VERB + ING, NOUNISH, PARTICIPLE, lambda near: near.word in ING_STATE),
     (RIDING, PREPS, ADJ + RIDING + VERB, ING),
     (RIDING, PREPS, NOUNISH, PARTICIPLE, lambda near: near.before in ("of", "with")),
@@ -391,7 +386,7 @@ RULES = (
     (PARKED, INSIDE + BETWEEN + DEGREE + VERB + ING + NOUN, NEXT, PARTICIPLE),  # *parked* cars
     (PARKED, ARTICLES, ANY, NOUN),  # a *set* of
     (PARKED, ANY, ANY, PAST),  # cars *parked* on
-    (VERB, ANY, OPENERS, VERB),  # white *says* the
+    (VERB, ANY, OPENERS, VERB),  # the old *hold* their canes
     (VERB, INSIDE, ANY, NOUN),  # a *stare* at
     (RIDES, START + POSS + ADJ, OPENERS, VERB),  # the young *rides* a horse
     (RIDES, INSIDE + PREPS + START + COMPOUND, ANY, PLURAL),  # two *rides*
@@ -423,9 +418,9 @@ RULES = (
     (APOSTROPHE_S, ANY, ANY, BE),  # it *'s* red
 )
 RULES_OF = {}
-for classes, left, right, tag, *tests in RULES:
+for classes, *rule in RULES:
     for word_class in classes:
-        RULES_OF.setdefault(word_class, []).append((left, right, tag, tests))
+        RULES_OF.setdefault(word_class, []).append(rule)
 
 
 def decide(words, classes):
@@ -433,21 +428,16 @@ def decide(words, classes):
     words = ["", "", *words, "", ""]
     tags = [START, START, *classes, MARK, MARK]
     for i in range(2, len(words) - 2):
-        word, after = words[i], words[i + 1]
-        if after in ("next", "close") and words[i + 2] == "to":
+        if words[i + 1] in ("next", "close") and words[i + 2] == "to":
             tags[i + 1] = ADV
-        if f"{word}-{after}" in FIXED:
+        near = Near(i, words, tags, *words[i - 1 : i + 2], *tags[i - 2 : i], *tags[i + 1 : i + 3])
+        if f"{near.word}-{near.after}" in FIXED:
             tags[i] = NOUN
             continue
-        left, right = tags[i - 1], tags[i + 1]
-        for lefts, rights, tag, tests in RULES_OF.get(tags[i], ()):
-            if left in lefts and right in rights:
-                near = Near(
-                    word, words[i - 1], after, tags[i - 2], left, right, tags[i + 2], words, tags, i
-                )
-                if all(test(near) for test in tests):
-                    tags[i] = tag
-                    break
+        for left, right, tag, *tests in RULES_OF.get(tags[i], ()):
+            if near.left in left and near.right in right and all(test(near) for test in tests):
+                tags[i] = tag
+                break
     return tags[2:-2]
 
 
@@ -931,7 +921,7 @@ def draw(parsed):
 
 
 def read_captions(path):
-    """Yields the captions of COCO's .json, of .jsonl records or of a text, one a line; "-": stdin."""
+    """Yields the captions of COCO's .json, of .jsonl records or of a text's lines; "-": stdin."""
     with open(0 if path == "-" else path, encoding="utf-8", errors="replace") as file:
         try:
             if str(path).endswith(".json"):
@@ -950,7 +940,9 @@ def find(text, caption, start=0, taken=()):
     """Spans of a text in a caption, whatever its spaces and capitals, outside the taken spans."""
     pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, text.split())) + r"(?!\w)"
     spans = [match.span() for match in re.compile(pattern, re.I).finditer(caption, start)]
-    return [(a, b) for a, b in spans if text.strip() and all(b <= c or d <= a for c, d in taken)]
+    for start, end in taken:
+        spans = [(a, b) for a, b in spans if b <= start or end <= a]
+    return spans
 
 
 def locate(caption, answer):
@@ -960,9 +952,8 @@ def locate(caption, answer):
     """
     found, last = [], 0
     for row in answer:
-        if not isinstance(row, dict) or not all(
-            type(row.get(k)) is str for k in ("text", "subject")
-        ):
+        texts = [row.get("text"), row.get("subject")] if isinstance(row, dict) else [None]
+        if not all(isinstance(text, str) and text.strip() for text in texts):
             raise ValueError(f"{row!r} is not a text and its subject")
         (a, b), (s, e) = row.get("span", (0, 0)), row.get("subject_span", (0, 0))
         written = caption[a:b] == row["text"] and caption[s:e] == row["subject"]
@@ -978,7 +969,7 @@ def locate(caption, answer):
 
 
 def read_parses(path):
-    """{caption: [`Phrase`, …]} of a file with a line of `to_json` a caption; ValueError: which line."""
+    """{caption: [`Phrase`, …]} of a file as --json writes it; ValueError names a bad line."""
     parses = {}
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -991,45 +982,42 @@ def read_parses(path):
     return parses
 
 
-def plain_text(phrase):
-    return re.sub(r"^(an?|the) ", "", " ".join(phrase.text.lower().split()))
-
-
-def plain_subject(phrase):
-    return phrase.subject.lower()
-
-
-def plain_head(phrase):
-    return phrase.subject.lower().split()[-1]
+def plain(phrase):
+    """A phrase as a score compares it: small letters, no first article, single spaces."""
+    text = re.sub(r"^(an?|the) ", "", " ".join(phrase.text.lower().split()))
+    return phrase._replace(text=text, subject=phrase.subject.lower())
 
 
 def score(gold, parses):
-    """Text: precision, recall and F1 of parses, then each caption's errors.
+    """Text: precision, recall and F1 of parses, of multisets, then each caption's errors.
 
-    Both are {caption: [`Phrase`, …]}. Small letters, no first article, multisets; a caption is
-    right when its subjects are the gold's, in order.
+    Both are {caption: [`Phrase`, …]}. A caption is right when all its subjects are, in order.
     """
-    pairs = [(gold[caption], parses.get(caption, [])) for caption in gold]
-    found = max(1, sum(len(mine) for _, mine in pairs))
+    pairs, right = [], 0  # of each caption the gold's phrases and the parse's
+    for caption, phrases in gold.items():
+        theirs, mine = [*map(plain, phrases)], [*map(plain, parses.get(caption, []))]
+        right += [phrase.subject for phrase in theirs] == [phrase.subject for phrase in mine]
+        pairs.append((theirs, mine))
     wanted = max(1, sum(len(theirs) for theirs, _ in pairs))
+    found = max(1, sum(len(mine) for _, mine in pairs))
     lines = [f"{'':10}{'precision':>10}{'recall':>10}{'F1':>10}"]
-    for name, view in ("phrases", plain_text), ("subjects", plain_subject), ("heads", plain_head):
-        hits = 0
-        for theirs, mine in pairs:
-            hits += (Counter(map(view, theirs)) & Counter(map(view, mine))).total()
+    for name, view in (
+        ("phrases", lambda phrase: phrase.text),
+        ("subjects", lambda phrase: phrase.subject),
+        ("heads", lambda phrase: phrase.subject.split()[-1]),
+    ):
+        both = [Counter(map(view, theirs)) & Counter(map(view, mine)) for theirs, mine in pairs]
+        hits = sum(shared.total() for shared in both)
         f1 = 2 * hits / (found + wanted)
         lines.append(f"{name:10}{hits / found:10.4f}{hits / wanted:10.4f}{f1:10.4f}")
-    right = sum([*map(plain_subject, a)] == [*map(plain_subject, b)] for a, b in pairs)
     share, missing = right / max(1, len(gold)), len(gold.keys() - parses.keys())
     lines.append(f"captions right: {right} of {len(gold)}, {share:.4f}; without a parse: {missing}")
-    for caption, sides in zip(gold, pairs):
-        theirs, mine = (
-            Counter(f"{plain_text(p)}  (subject: {plain_subject(p)})" for p in side)
-            for side in sides
-        )
-        lines += [f"\n{caption}"] if theirs != mine else []
-        lines += [f"  missed {phrase}" for phrase in (theirs - mine).elements()]
-        lines += [f"  wrong  {phrase}" for phrase in (mine - theirs).elements()]
+    for caption, (theirs, mine) in zip(gold, pairs):
+        wanted = Counter(f"{phrase.text}  (subject: {phrase.subject})" for phrase in theirs)
+        found = Counter(f"{phrase.text}  (subject: {phrase.subject})" for phrase in mine)
+        lines += [f"\n{caption}"] if wanted != found else []
+        lines += [f"  missed {phrase}" for phrase in (wanted - found).elements()]
+        lines += [f"  wrong  {phrase}" for phrase in (found - wanted).elements()]
     return "\n".join(lines)
 
 
@@ -1044,7 +1032,7 @@ def command_line():
     add(
         "--score",
         metavar="GOLD",
-        help="rate the rules, or --parses, on annotated captions (.jsonl)",
+        help="rate the rules, or --parses, on gold captions",
     )
     add("--parses", metavar="FILE", help="with --score: rate these parses (.jsonl)")
     return parser.parse_args()

@@ -457,10 +457,12 @@ def test_cli_reads_bytes_that_are_no_utf8():
 def test_cli_says_what_is_wrong_in_one_line(args, word):
     result = run(*args)
     error = result.stderr.decode()
-    assert result.returncode == 2 and not result.stdout and error.count("\n") == 1 and word in error
+    assert result.returncode == 2 and not result.stdout
+    assert error.count("\n") == 1 and word in error
 
 
 def test_cli_stops_quietly_when_the_reader_does():
-    script = f"yes 'a dog next to a cat' | head -20000 | '{sys.executable}' parse.py --json --file - | head -1"
+    command = f"'{sys.executable}' parse.py --json --file -"
+    script = f"yes 'a dog next to a cat' | head -20000 | {command} | head -1"
     result = subprocess.run(script, shell=True, capture_output=True, cwd=ROOT)
     assert result.stdout.count(b"\n") == 1 and not result.stderr

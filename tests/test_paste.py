@@ -1,6 +1,4 @@
-"""Copy and paste: the losses, Grad-CAM and the pointing game of hist.py, and the parser of parse.py,
-work alone in a new file.
-"""
+"""Copy and paste: the losses, Grad-CAM and the pointing game of hist.py work alone, and parse.py."""
 
 import ast
 import inspect
