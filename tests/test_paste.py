@@ -1,4 +1,4 @@
-"""Copy and paste: the losses, Grad-CAM and the pointing game of hist.py work alone, and parse.py."""
+"""Copy and paste: losses, Grad-CAM and the pointing game of hist.py work alone, and parse.py."""
 
 import ast
 import inspect

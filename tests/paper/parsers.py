@@ -35,9 +35,8 @@ def nltk_parser():
         if not caption.strip():
             return []
         tree = chunker.parse(tagger.tag(tokenizer.tokenize(caption.lower())))
-        chunks = [chunk.leaves() for chunk in tree.subtrees() if chunk.label() == "NP"]
         rows = []
-        for chunk in chunks:
+        for chunk in tree.subtrees(lambda part: part.label() == "NP"):
             nouns = [word for word, tag in chunk if tag == "NOUN"]
             rows.append((" ".join(word for word, _ in chunk), " ".join(nouns)))
         return phrases(rows)
@@ -78,9 +77,8 @@ def report(name, parser, captions, gold=None):
     began = time.perf_counter()
     for caption in captions:
         parser(caption)
-    seconds = time.perf_counter() - began
-    speed = f"{len(captions) / seconds:>10,.0f} captions/s"
-    print(f"{name:20}{len(captions):>9,} captions in {seconds:7.2f} s{speed}")
+    seconds, count = time.perf_counter() - began, len(captions)
+    print(f"{name:20}{count:>9,} captions in {seconds:7.2f} s{count / seconds:>10,.0f} captions/s")
     if gold:
         found = {caption: parser(caption) for caption in gold}
         print("\n".join(rules.score(gold, found).splitlines()[:5]) + "\n")
