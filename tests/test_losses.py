@@ -477,7 +477,8 @@ def test_each_level_learns_from_its_own_texts():
 
 # -------------------------------------------------------------------------------------- odd batches
 ODD = ["", "running quickly", "a dog", "a dog and a dog", "word " * 60, "😀 🚀"]
-ODD += ["一只猫坐在桌子上", "كلب على العشب", "a cat\x00 and\ta dog\n", "<b>a cat</b>"]
+ODD += ["一只猫坐在桌子上"]
+ODD += ["كلب على العشب", "a cat\x00 and\ta dog\n", "<b>a cat</b>"]
 
 
 def step(model, batch, levels=EVERY, hardness=0.5):

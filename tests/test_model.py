@@ -165,17 +165,28 @@ def test_what_training_asks_for_at_a_place_is_what_an_answer_reads_there(double)
 
 
 # ------------------------------------------------------------------------------------- the image
-def test_images_are_normalised_as_the_vit_was_trained():
-    clip = timm.data.OPENAI_CLIP_MEAN, timm.data.OPENAI_CLIP_STD
-    vits = {"vit_tiny_patch16_224": ([0.5] * 3, [0.5] * 3), "vit_base_patch32_clip_224": clip}
-    for name, (mean, std) in vits.items():
-        model = hist.ALBEF(options(vit=name, image_size=32), hist.Tokenizer("abcd"))
-        seen = []
-        model.vit.forward_features = lambda x, seen=seen: seen.append(x) or x.new_zeros(1, 5, 8)
-        model.vit.forward_head = lambda V, pre_logits: V.new_zeros(1, model.vit.embed_dim)
-        model.encode_image(torch.full((1, 3, 32, 32), 255, dtype=torch.uint8))
-        expected = [(1 - m) / s for m, s in zip(mean, std)]
-        assert seen[0][0, :, 0, 0].tolist() == pytest.approx(expected, rel=1e-5)
+CLIP = timm.data.OPENAI_CLIP_MEAN, timm.data.OPENAI_CLIP_STD
+
+
+@pytest.mark.parametrize(
+    "name, mean, std",
+    [
+        ("vit_tiny_patch16_224", [0.5] * 3, [0.5] * 3),
+        ("vit_medium_patch32_clip_224", *CLIP),
+    ],
+)
+def test_images_are_normalised_as_the_vit_was_trained(monkeypatch, name, mean, std):
+    model, seen = hist.ALBEF(options(vit=name, image_size=32), hist.Tokenizer("abcd")), []
+    forward = model.vit.forward_features
+
+    def watched(images):
+        seen.append(images)
+        return forward(images)
+
+    monkeypatch.setattr(model.vit, "forward_features", watched)
+    model.encode_image(torch.full((1, 3, 32, 32), 255, dtype=torch.uint8))
+    expected = [(1 - m) / s for m, s in zip(mean, std)]
+    assert seen[0][0, :, 0, 0].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_vit_with_a_cls_token_has_its_patches_in_the_map_and_no_more():
