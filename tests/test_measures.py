@@ -168,7 +168,7 @@ def test_pointing_and_its_chances_by_hand(monkeypatch):
 
 
 def test_two_of_three_objects_are_named_by_their_subject(monkeypatch):
-    """"dog" names two of three: pointing at either is right, and chance is two thirds."""
+    """ "dog" names two of three: pointing at either is right, and chance is two thirds."""
     dogs = [RIGHT | {"phrase": f"a {size} dog", "object": size} for size in ("small", "large")]
     dogs[1] = dogs[1] | {"boxes": [[12, 12, 24, 24]]}
     maps_that_point(monkeypatch, *[(20, 20)] * 8)
@@ -385,7 +385,9 @@ def test_reranking_asks_itm_about_the_nearest_only(monkeypatch):
     model, tokenizer, records = known(similarity)
     ids = tokenizer.batch([caption for r in records for caption in r["captions"]])
     to_text, to_image = hist.rerank(model, records, ids, similarity, options())
-    near = {(row, column) for row in range(5) for column in similarity[row].topk(2).indices.tolist()}
+    near = {
+        (row, column) for row in range(5) for column in similarity[row].topk(2).indices.tolist()
+    }
     beside = {(row, c) for c in range(10) for row in similarity[:, c].topk(2).indices.tolist()}
     assert sorted(model.asked) == sorted(near | beside)
     for row, column in itertools.product(range(5), range(10)):
