@@ -89,7 +89,7 @@ class Options:
     width: int = option(64, "width of the text and fusion layers")
     text_layers: int = option(1, "layers of the text encoder")
     fusion_layers: int = option(2, "layers in which text attends to the image")
-    cam_layer: int = option(0, "fusion layer that Grad-CAM reads, 0 the first")
+    cam_layer: int = option(1, "fusion layer that Grad-CAM reads, 0 the first")
     vocab_size: int = option(10_000, "words kept, most frequent first; the rest are [UNK]")
     eval_images: int = option(500, "held-out images to evaluate on, a split; 0: all")
     save_every: int = option(200, "steps between checkpoints")
@@ -116,7 +116,8 @@ def presets(data, base):
     if base == "blip":
         preset["fusion_layers"] += preset["text_layers"]
         preset |= {"text_layers": 0, "out": preset["out"] + "-blip"}
-    preset["cam_layer"] = (preset["fusion_layers"] - 1) // 2  # the middle: ALBEF's third of six
+    if data != "scenes" or base == "blip":
+        preset["cam_layer"] = (preset["fusion_layers"] - 1) // 2  # as ALBEF: the third of six
     return preset
 
 
@@ -801,7 +802,7 @@ def train(name, levels, samples, options, steps):
             bar.set_postfix_str(", ".join(f"{k} {v:.2f}" for k, v in values.items()), False)
             if step + 1 == steps or (step + 1) % options.save_every == 0:
                 metrics.flush()
-                samples.skipped.check(len(samples))
+                samples.skipped.check(samples.skipped.total)
                 seconds = time.time() - began
                 state = {"step": step + 1, "seconds": seconds, "options": asdict(options)}
                 state |= {"words": samples.tokenizer.words, "model": model.state_dict()}
@@ -945,6 +946,8 @@ def measure_maps(model, tokenizer, records, options, answers):
                 pairs.append(Pair(record, shares, multi_object_iou(heat, mask), mask.mean()))
         for question in record.get("questions", []):
             choices = question.get("choices") or answers
+            if not choices:
+                continue
             said = answer(model, tokenizer, image, question["text"], choices)
             for name in ("vqa", f"vqa_{question['kind']}"):
                 values[name].append(vqa_accuracy(said, question["answers"]))
@@ -1032,6 +1035,8 @@ def evaluate(model, tokenizer, records, options, answers=()):
         values, pairs[split] = measure_maps(model, tokenizer, some, options, answers)
         results[split] = {name: float(np.mean(row)) for name, row in values.items()}
         results[split] |= retrieval(model, tokenizer, some, options)
+        phrases = len(values["pointing_phrases"])
+        results[split] |= {"images": len(some), "phrases": phrases, "pairs": len(pairs[split])}
     for split, own in pairs.items():
         val_pairs = [] if split == "val" else pairs.get("val", [])
         results[split] |= pair_measures(own, val_pairs) if own else {}
@@ -1334,22 +1339,22 @@ class Skipped:
     """What of the data cannot be used, and why: a line of a file each, whichever process met it."""
 
     def __init__(self, path, max_bad):
-        self.path, self.max_bad = Path(path), max_bad
-
-    def rows(self):
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return [json.loads(line) for line in dict.fromkeys(lines)]
+        self.path, self.max_bad, self.added = Path(path), max_bad, set()
+        self.total = 0  # images that the readers met
 
     def add(self, kind, which, why):
         row = {"kind": kind, "which": str(which), "why": " ".join(str(why).split())[:300]}
-        if row not in self.rows():
+        line = json.dumps(row) + "\n"
+        if line not in self.added:
+            self.added.add(line)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(line)
 
     def count(self):
         """How many images cannot be used, as far as any process knows."""
-        return len({row["which"] for row in self.rows() if row["kind"] == "image"})
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return len({row["which"] for row in map(json.loads, lines) if row["kind"] == "image"})
 
     def check(self, total):
         """UserError where of a total of images more than max_bad cannot be used."""
@@ -1361,14 +1366,14 @@ class Skipped:
 FAULTS = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # of a malformed entry
 
 
-def each(kind, entries, use, skipped):
+def each(kind, entries, use, skipped, where):
     """Call use(number, entry) for each entry; one that cannot be used is listed, and left out."""
     for number, entry in enumerate(entries):
         try:
             use(number, entry)
         except FAULTS as error:
             missing = " is missing" if isinstance(error, KeyError) else ""
-            skipped.add(kind, f"entry {number}", f"{error}{missing}")
+            skipped.add(kind, f"{where}, entry {number}", f"{error}{missing}")
 
 
 def read_json(path, *names):
@@ -1424,17 +1429,17 @@ def read_coco(root, split, skipped):
         target["mask"]["parts"].append(part)
         target["boxes"].append(box)
 
-    each("image", images, add_image, skipped)
-    each("caption", said, add_caption, skipped)
+    each("image", images, add_image, skipped, captions.name)
+    each("caption", said, add_caption, skipped, captions.name)
     if split == "val":
         truth, categories = read_json(instances, "annotations", "categories")
         names.update((category["id"], category["name"]) for category in categories)
-        each("annotation", truth, add_instance, skipped)
+        each("annotation", truth, add_instance, skipped, instances.name)
     for record in records.values():
         record["targets"] = list(record["targets"].values())
         if not record["captions"]:
             skipped.add("image", record["image"], "no caption of it can be used")
-    skipped.check(len(images))
+    skipped.total += len(images)
     return [record for record in records.values() if record["captions"]]
 
 
@@ -1499,15 +1504,20 @@ def read_jsonl(path):
 
 
 def load_data(options, skipped):
-    """(training records, held-out records) of --data."""
+    """(training records, held-out records) of --data; UserError where too many are unusable."""
     if options.data == "scenes":
-        held_out = Scenes(options.eval_images or 500, options, "held out", True)
-        return Scenes(1_000_000, options, "train", False), [
-            held_out[i] for i in range(len(held_out))
-        ]
-    if options.data == "coco":
-        return [read_coco(Path(options.root), split, skipped) for split in ("train", "val")]
-    return read_jsonl(options.data)
+        train = Scenes(1_000_000, options, "train", False)
+        test = Scenes(options.eval_images or 500, options, "held out", True)
+        held_out = [test[i] for i in range(len(test))]
+    elif options.data == "coco":
+        train, held_out = (read_coco(Path(options.root), s, skipped) for s in ("train", "val"))
+    else:
+        train, held_out = read_jsonl(options.data)
+        skipped.total += len(train) + len(held_out)
+    held_out = usable(held_out, options, skipped)
+    skipped.check(skipped.total)
+    insist(held_out, f"{options.data}: there is no image to evaluate on")
+    return train, held_out
 
 
 def load_pixels(image, upright=False):
@@ -1557,7 +1567,7 @@ def usable(records, options, skipped):
         except UserError as error:
             skipped.add("image", record["image"], error)
         else:
-            each("mask", record["targets"], check_target, skipped)
+            each("mask", record["targets"], check_target, skipped, record["image"])
             kept.append(record | {"targets": targets})
     return kept
 
@@ -1614,10 +1624,10 @@ def table(results):
     column, then what chance gives, and any pixel."""
     columns = [*results, "chance", "any pixel"]
     lines = [" " * 34 + "".join(f"{name:>12}" for name in columns)]
-    for name in next(iter(results.values())):
-        if "_chance" not in name:
+    first = next(iter(results.values()))
+    for name, value in first.items():
+        if "_chance" not in name and isinstance(value, float):
             values = [result[name] for result in results.values()]
-            first = next(iter(results.values()))
             values += [first.get(f"{name}_chance"), first.get(f"{name}_chance_pixel")]
             shown = ["" if value is None else f"{100 * value:.1f}" for value in values]
             lines.append(f"{name:34}" + "".join(f"{text:>12}" for text in shown))
@@ -1701,7 +1711,6 @@ def prepare(options):
     if fresh:
         skipped.path.unlink(missing_ok=True)
     records, held_out = load_data(options, skipped)
-    held_out = usable(held_out, options, skipped)
     insist(len(records), f"{options.data}: there is no image to train on")
     options.steps = options.steps or max(1, EPOCHS * len(records) // options.batch_size)
     some = range(100_000, 102_000) if options.data == "scenes" else range(len(records))
@@ -1724,7 +1733,6 @@ def run(options):
     if options.eval_only:
         skipped = Skipped(Path(options.out) / "skipped.jsonl", options.max_bad)
         records, held_out = load_data(options, skipped)
-        held_out = usable(held_out, options, skipped)
     else:
         samples, held_out = prepare(options)
         records, skipped = samples.records, samples.skipped
@@ -1748,9 +1756,9 @@ def report(options, records, held_out, skipped):
         models[path.stem], results[path.stem] = model, found
         print(f"{path.stem}: {state['step']} steps in {state['seconds']:.0f} s")
     insist(models, f"there is no baseline.pt and no hist.pt in {out}: train first")
-    for split in found:
-        count = sum(record["split"] == split for record in held_out)
-        print(f"\n{options.data}, {count} images of {split}, seed {options.seed}; percent\n")
+    for split, measures in found.items():
+        counts = ", ".join(f"{measures[name]} {name}" for name in ("images", "phrases", "pairs"))
+        print(f"\n{options.data}, {split}: {counts}; seed {options.seed}; percent\n")
         print(table({name: result[split] for name, result in results.items()}) + "\n")
     if skipped.count():
         print(f"{skipped.count()} images could not be used; {skipped.path} lists them")
