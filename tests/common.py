@@ -41,6 +41,7 @@ def samples_of(options, records=None, tokenizer=None):
     captions = [caption for i in some for caption in records[i]["captions"]]
     tokenizer = tokenizer or hist.Tokenizer.build(captions, 1000)
     skipped = hist.Skipped(Path(options.out) / "skipped.jsonl", options.max_bad)
+    skipped.total = len(records)
     return hist.Samples(records, tokenizer, options, skipped)
 
 

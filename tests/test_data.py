@@ -133,8 +133,9 @@ def test_bad_captions_and_annotations_are_left_out_and_listed(here):
     assert sum("run lengths" in row["why"] for row in before) == 2
     hist.usable(hist.read_coco(Path("coco"), "val", listed), o, listed)
     assert lines("run/skipped.jsonl") == before  # the same again is not listed twice
-    with pytest.raises(hist.UserError, match="4 of 16 images cannot be used, more than --max-bad"):
-        hist.read_coco(Path("coco"), "val", skipped(0.1))
+    for row in before:  # what it is of can be found
+        assert row["which"].startswith(("captions_val2017.json", "instances_val2017.json", "coco"))
+    assert (listed.count(), listed.total) == (4, 2 * 16)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +155,18 @@ def test_malformed_json_gets_its_file_line_and_fault(here, capsys, text, what):
     path.write_bytes(text.encode("latin1"))
     said = refused(capsys, "--data", "coco", "--root", "coco", *PHOTOS)
     assert "captions_train2017.json, line" in said and what in said
+
+
+def test_too_many_bad_images_of_both_splits_stop_a_run(here):
+    """One of 7 in each split has no file: 2 of 14; and two pictures of val cannot be read."""
+    coco_folder(here / "coco")
+    for name in ("0" * 12, "0" * 11 + "1"):
+        (here / f"coco/val2017/{name}.jpg").write_text("no picture")
+    o = options(data="coco", root="coco", eval_images=0)
+    train, held_out = hist.load_data(o, skipped(0.29))
+    assert (len(train), len(held_out)) == (6, 4)
+    with pytest.raises(hist.UserError, match="4 of 14 images cannot be used, more than --max-bad"):
+        hist.load_data(o, skipped(0.28))
 
 
 # ------------------------------------------------------------------------------------------ JSONL

@@ -1,90 +1,132 @@
-"""Two processes with half a batch each, against one process with all of it; and a whole run under torchrun."""
+"""Two processes with half a batch each against one with all of it; and a whole run of two."""
+
 import json
 import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from common import PHOTOS, ROOT, WRITTEN, lines
+from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-STEP = '''
+CAPTIONS = [
+    "a dog and a cat",
+    "a red car near a blue house",
+    "running quickly",
+    "a dog",
+    "two men on a boat",
+    "a dog and a tall tree",
+    "a cat",
+    "a red car",
+]
+# One step's contrast of each level, of a model whose batch norm does not look across the batch;
+# and all its losses, which must be finite and find their way through DistributedDataParallel.
+STEP = """
 import sys
-import numpy as np, torch
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:3]
+import torch
 import hist
-if hist.RANKS > 1:
+from common import options, record, samples_of
+
+def step(base):
+    o = options(data="x", base=base, batch_size=8)
+    records = [record(caption, 25 * i) for i, caption in enumerate(sys.argv[3:])]
+    samples = samples_of(o, records)
+    torch.manual_seed(0)
+    model = hist.MODELS[base](o, samples.tokenizer).eval()
+    wrapped, teacher = model, hist.make_teacher(model)
+    if hist.WORLD > 1:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    (batch,) = hist.loader(samples, o, 0, 8)
+    assert len(batch["image"]) == 8 // hist.WORLD
+    losses, figures = wrapped(batch, [*hist.LEVELS, "composition"], 0.5, 0, teacher)
+    assert all(torch.isfinite(value) for value in (losses | figures).values())
+    assert len(losses) == 9
+    itc = {name: value for name, value in losses.items() if name.endswith("itc")}
+    (sum(itc.values()) + 0 * sum(losses.values())).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    state = {"losses": {k: v.detach() for k, v in itc.items()}, "gradients": gradients}
+    torch.save(state, f"{base}.{hist.WORLD}.{hist.RANK}.pt")
+
+if hist.WORLD > 1:
     torch.distributed.init_process_group("gloo")
-rng = np.random.default_rng(0)
-captions = ["a dog and a cat", "a red car near a blue house", "running quickly", "a dog", "two men on a boat", "a dog and a tall tree", "a cat", "a red car"]
-records = [{"image": rng.integers(0, 255, (32, 32, 3)).astype(np.uint8), "captions": [c], "targets": []} for c in captions]
-if len(sys.argv) > 4:                                           # a picture that is not there
-    records[2]["image"] = records[6]["image"] = "nowhere.jpg"
-o = hist.Options(**{**hist.PHOTOS, "data": "x", "base": sys.argv[3], "vit": "vit_tiny_patch16_224", "image_size": 32, "width": 64, "text_layers": 1, "fusion_layers": 2, "batch_size": 8})
-torch.manual_seed(0)
-vocabulary = hist.build_vocabulary(captions, 100)
-model, teacher = hist.HIST(o, vocabulary), hist.HIST(o, vocabulary).eval()
-samples = hist.Samples(records, vocabulary, o)
-whole = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if hist.RANKS > 1 else model
-every = [samples[i] for i in range(8)]
-assert sum(s["image"] is not None for s in every) == 8 // hist.RANKS
-torch.manual_seed(1)
-losses, _ = whole(hist.collate(every), hist.LEVELS, 0.5, 0, teacher)
-sum(losses.values()).backward()
-values = torch.stack(list(losses.values())).detach()
-if hist.RANKS > 1:
-    torch.distributed.all_reduce(values)
-    values /= hist.RANKS
-if not hist.RANK:
-    torch.save({"losses": dict(zip(losses, values)), "gradients": {k: p.grad for k, p in model.named_parameters() if p.grad is not None}}, sys.argv[2])
-if hist.RANKS > 1:
-    del whole, losses                                           # what outlives the group can abort the process as it ends
+for base in hist.MODELS:
+    step(base)
+if hist.WORLD > 1:
     torch.distributed.destroy_process_group()
-'''
+"""
 
 
 def ranks(n, *command, cwd):
     """Start a command as n ranks of one group, as torchrun does; returns what they say."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    group = [subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={
-        **os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
-        for r in range(n)]
-    said = [p.communicate(timeout=300) for p in group]
-    assert all(p.returncode == 0 for p in group), said
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    group, pipes = [], dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for rank in range(n):
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
+        environment = os.environ | where | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        how = dict(cwd=cwd, text=True, env=environment | {"OMP_NUM_THREADS": "1"})
+        group.append(subprocess.Popen([sys.executable, *map(str, command)], **pipes, **how))
+    said = [process.communicate(timeout=300) for process in group]
+    assert all(process.returncode == 0 for process in group), said
     return said
 
 
-@pytest.mark.parametrize("how", [["albef"], ["albef", "damaged"], ["blip"]])
-def test_two_ranks_of_half_a_batch_give_the_losses_and_gradients_of_one(tmp_path, how):
-    (tmp_path / "step.py").write_text(STEP)
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("step")
+    (folder / "step.py").write_text(STEP)
     for n in (1, 2):
-        ranks(n, tmp_path / "step.py", ROOT, f"{n}.pt", *how, cwd=tmp_path)
-    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
-    assert len(one["losses"]) == 9 and list(one["losses"]) == list(two["losses"])
-    for k, v in one["losses"].items():
-        torch.testing.assert_close(two["losses"][k], v, rtol=1e-5, atol=1e-5, msg=k)
-    assert one["gradients"].keys() == two["gradients"].keys() and len(one["gradients"]) > 50
-    for k, v in one["gradients"].items():
-        torch.testing.assert_close(two["gradients"][k], v, rtol=1e-5, atol=1e-5, msg=k)
+        ranks(n, "step.py", ROOT, ROOT / "tests", *CAPTIONS, cwd=folder)
+    return folder
+
+
+@pytest.mark.parametrize("base", ["albef", "blip"])
+def test_contrast_of_two_ranks_is_that_of_one_in_value_and_gradient(stepped, base):
+    names = [f"{base}.{which}.pt" for which in ("1.0", "2.0", "2.1")]
+    one, *two = (torch.load(stepped / name, weights_only=True) for name in names)
+    assert list(one["losses"]) == ["caption_itc", "phrase_itc", "subject_itc"]
+    for rank in two:
+        for name, value in one["losses"].items():
+            torch.testing.assert_close(rank["losses"][name], value, rtol=1e-5, atol=1e-5)
+        assert rank["gradients"].keys() == one["gradients"].keys() and len(one["gradients"]) > 40
+        for name, value in one["gradients"].items():
+            torch.testing.assert_close(rank["gradients"][name], value, rtol=1e-5, atol=1e-5)
+    assert max(value.abs().max() for value in one["gradients"].values()) > 1e-2
 
 
 def test_a_run_of_two_ranks(tmp_path):
-    """The first steps have the losses of one process (same images, same draws); rank 0 alone logs, saves and evaluates."""
-    from PIL import Image
-    with open(tmp_path / "my.jsonl", "w") as f:
-        for i in range(20):
-            Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 40, 3)).astype(np.uint8)).save(tmp_path / f"{i}.png")
-            f.write(json.dumps({"image": f"{i}.png", "captions": [f"a red car and a dog number {i}"]}) + "\n")
-    command = [ROOT / "hist.py", *("--data my.jsonl --vit vit_tiny_patch16_224 --image-size 32 --width 64 --text-layers 1 --fusion-layers 2 --workers 0 "
-                                   "--batch-size 8 --accumulate 2 --steps 4 --eval-images 4 --save-every 2 --device cpu").split()]
-    alone, both = ranks(1, *command, "--out", "one", cwd=tmp_path), ranks(2, *command, "--out", "two", cwd=tmp_path)
-    assert "R@1" in both[0][0] and both[1][0] == "" and "R@1" in alone[0][0]
-    one, two = ([json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")] for name in ("one", "two"))
-    assert len(one) == len(two) == 10 and all((tmp_path / "two" / name).exists() for name in ("baseline.pt", "hist.pt", "results.json"))
-    for a, b in zip(one[:3], two[:3]):
-        assert a["losses"] == pytest.approx(b["losses"], abs=1e-3)
+    """Rank 0 alone logs, saves, evaluates and draws; both list what they could not read."""
+    rows = []
+    for i in range(20):
+        pixels = np.random.default_rng(i).integers(0, 255, (40, 40, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        row = {"image": f"{i}.png", "captions": [f"a red car and a dog number {i}"]}
+        row["targets"] = [{"phrase": "a dog", "boxes": [[0, 0, 20, 40]]}]
+        row["targets"].append({"phrase": "a red car", "boxes": [[20, 0, 40, 40]]})
+        row["split"] = "val" if i > 15 else "train"
+        rows.append(json.dumps(row))
+    for name in ("3.png", "8.png"):
+        (tmp_path / name).write_text("no picture")
+    (tmp_path / "my.jsonl").write_text("\n".join(rows))
+    command = [ROOT / "hist.py", "--data", "my.jsonl", *PHOTOS, "--accumulate", "2"]
+    command += ["--base-steps", "2", "--save-every", "2", "--composition-start", "0"]
+    (said, _), (other, _) = ranks(2, *command, cwd=tmp_path)
+    assert other == "" and "pointing_phrases" in said and "r1_text_to_image_itm" in said
+    assert "2 images could not be used" in said
+    out = tmp_path / "out/my"
+    found = {path.name for path in out.iterdir()}
+    assert found == WRITTEN | {"base.pt", "skipped.jsonl"}
+    metrics = lines(out / "metrics.jsonl")
+    steps = [(row["run"], row["step"]) for row in metrics]
+    expected = [("base", 1), ("base", 2)]
+    expected += [(run, step) for run in ("baseline", "hist") for step in (1, 2, 3, 4)]
+    assert steps == expected and "composition" in metrics[-1]
+    first = {row["run"]: row["caption_itc"] for row in metrics if row["step"] == 1}
+    assert first["baseline"] == first["hist"] != first["base"]
+    hist_state = torch.load(out / "hist.pt", weights_only=True)
+    assert hist_state["step"] == 4 and not any("module" in name for name in hist_state["model"])

@@ -334,7 +334,7 @@ def test_matching_gets_own_pairs_wrong_images_and_wrong_texts_with_their_labels(
 
 
 def test_matching_is_one_right_pair_against_two_wrong_ones():
-    """A head that always says 1.5: a third of the pairs cost log(1 + e^-1.5), two log(1 + e^1.5)."""
+    """A head that says 1.5: a third of the pairs cost log(1 + e^-1.5), two log(1 + e^1.5)."""
     features = some_features(4, 4)
     losses = level(Recorder(features[1], head=constant_head), features[0], POSITIVES)
     right, wrong = math.log(1 + math.exp(-1.5)), math.log(1 + math.exp(1.5))

@@ -206,6 +206,8 @@ def test_questions_are_asked_of_their_image_and_rated(monkeypatch):
     assert asked[0] == ("it is [MASK]", ["red", "blue"])
     assert asked[2] == ("what? [MASK]", ["red", "blue", "one", "two"])
     assert values["vqa"] == pytest.approx([1, 0, 0.6]) and values["vqa_colour"] == [1, 0]
+    nothing, _ = hist.measure_maps(None, None, records[:1], options(), [])
+    assert len(nothing["vqa"]) == 2  # a question without choices is not asked
     assert values["vqa_chance"] == [1 / 2, 1 / 2, 1 / 4] and values["vqa_open"] == [0.6]
 
 
@@ -249,7 +251,8 @@ def test_each_split_by_itself_with_val_s_threshold(monkeypatch):
     best = {"val": 3, "a": 3, "b": 7}
 
     def measure_maps(model, tokenizer, some, options, answers):
-        return {"vqa": [len(some), 0]}, [pair(r, best[r["split"]]) for r in some]
+        values = {"vqa": [len(some), 0], "pointing_phrases": [1.0] * 5}
+        return values, [pair(r, best[r["split"]]) for r in some]
 
     monkeypatch.setattr(hist, "measure_maps", measure_maps)
     monkeypatch.setattr(hist, "retrieval", lambda model, tokenizer, some, o: {"r1": len(some)})
@@ -259,6 +262,9 @@ def test_each_split_by_itself_with_val_s_threshold(monkeypatch):
         "a": 1,
         "b": 0.5,
     }
+    for split, images in (("val", 1), ("a", 2), ("b", 1)):
+        counts = {name: results[split][name] for name in ("images", "phrases", "pairs")}
+        assert counts == {"images": images, "phrases": 5, "pairs": images}
     assert [results[split]["r1"] for split in ("val", "a", "b")] == [1, 2, 1]
     assert results["a"]["multi_object_iou"] == pytest.approx(0.9)  # val's best threshold
     assert results["b"]["multi_object_iou"] == pytest.approx(0.1) and len(pairs) == 4

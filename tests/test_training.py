@@ -427,7 +427,7 @@ def test_nothing_is_learnt_but_what_a_picture_that_can_be_read_says(here):
     records = [record(f"a dog and a thing{i}", 20 * i) for i in range(8)]
     records[2]["image"], records[5]["image"] = "nowhere.png", "elsewhere.png"
     samples = samples_of(o, records)
-    o.max_bad = samples.skipped.max_bad = 0.5
+    samples.skipped.total, samples.skipped.max_bad = 8, 0.5
     hist.train("baseline", ["caption"], samples, o, 4)
     assert len(lines("metrics.jsonl")) == 4 and samples.skipped.count() == 2
     samples.skipped.max_bad = 0.2
