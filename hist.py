@@ -89,7 +89,7 @@ class Options:
     width: int = option(64, "width of the text and fusion layers")
     text_layers: int = option(1, "layers of the text encoder")
     fusion_layers: int = option(2, "layers in which text attends to the image")
-    cam_layer: int = option(0, "fusion layer that Grad-CAM reads, 0 the first")
+    cam_layer: int = option(1, "fusion layer that Grad-CAM reads, 0 the first")
     vocab_size: int = option(10_000, "words kept, most frequent first; the rest are [UNK]")
     eval_images: int = option(500, "held-out images to evaluate on, a split; 0: all")
     save_every: int = option(200, "steps between checkpoints")
@@ -116,7 +116,8 @@ def presets(data, base):
     if base == "blip":
         preset["fusion_layers"] += preset["text_layers"]
         preset |= {"text_layers": 0, "out": preset["out"] + "-blip"}
-    preset["cam_layer"] = (preset["fusion_layers"] - 1) // 2  # the middle: ALBEF's third of six
+    if data != "scenes" or base == "blip":
+        preset["cam_layer"] = (preset["fusion_layers"] - 1) // 2  # as ALBEF: the third of six
     return preset
 
 
@@ -1334,22 +1335,21 @@ class Skipped:
     """What of the data cannot be used, and why: a line of a file each, whichever process met it."""
 
     def __init__(self, path, max_bad):
-        self.path, self.max_bad = Path(path), max_bad
-
-    def rows(self):
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return [json.loads(line) for line in dict.fromkeys(lines)]
+        self.path, self.max_bad, self.added = Path(path), max_bad, set()
 
     def add(self, kind, which, why):
         row = {"kind": kind, "which": str(which), "why": " ".join(str(why).split())[:300]}
-        if row not in self.rows():
+        line = json.dumps(row) + "\n"
+        if line not in self.added:
+            self.added.add(line)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(line)
 
     def count(self):
         """How many images cannot be used, as far as any process knows."""
-        return len({row["which"] for row in self.rows() if row["kind"] == "image"})
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return len({row["which"] for row in map(json.loads, lines) if row["kind"] == "image"})
 
     def check(self, total):
         """UserError where of a total of images more than max_bad cannot be used."""

@@ -1,740 +1,1078 @@
-"""A rule-based dependency parser for image captions, and the hierarchy that HIST cuts from its trees.
+"""A rule-based parser for image captions, and the hierarchy of texts that HIST cuts from them.
 
     caption      "An orange cat laying on a white and brown cat in a bed."
-    phrases      an orange cat · a white and brown cat · a bed          subjects     cat · cat · bed
+    phrases      an orange cat · a white and brown cat · a bed
+    subjects     cat · cat · bed
     composites   an orange cat and a white and brown cat · an orange cat and a bed · …
 
-    python parse.py "a man riding a horse"        the tree and the hierarchy; --draw: the tree as a picture in text
-    python parse.py --json --file captions.txt    one JSON object a line ("-" reads standard input)
-    python parse.py --score GOLD.jsonl            precision, recall and F1 against annotated captions, and every error
-    python parse.py --bench captions.txt          captions a second, beside NLTK's RegexpParser
-    python parse.py --llm URL --model NAME captions.txt > parses.jsonl       the paper's way: a language model's parses
+    python parse.py "a man riding a horse"      the tree and the hierarchy; --draw: the tree alone
+    python parse.py --json --file captions.txt  one JSON object a line ("-" reads standard input)
+    python parse.py --score GOLD.jsonl          precision, recall and F1, and every error
 
-Tokens -> tags -> heads -> phrases -> composites, with no trained model and no download. The levels: HIST, arXiv
-2412.08110; the relations: Universal Dependencies. A tag is one letter, so that the tags of a caption are a string and
-a noun phrase is a regular expression over it; a small letter is a word that `disambiguate` decides by its neighbours.
+Part (a) makes the hierarchy: tokens -> tags -> noun phrases -> subjects -> composites. Part (b)
+hangs the same tokens into a dependency tree, part (c) is the command line. No trained model, no
+download. The levels: HIST, arXiv 2412.08110; the tree: Universal Dependencies, version 2.
 """
+
 import argparse
-import http.client
 import json
 import os
 import re
-import socket
+import string
 import sys
-import time
-import urllib.request
-import zlib
-from collections import Counter
+from collections import Counter, namedtuple
 from functools import lru_cache
 from itertools import chain
-from multiprocessing.pool import ThreadPool
-from pathlib import Path
-from typing import NamedTuple
 
-from tqdm import tqdm
+# ==== (a) The hierarchy: tags, lexicon, rules, noun phrases, subjects, composites ================
 
-# -------------------------------------------------------------------------------------------------------- lexicon
-# Q: an adverb that may stand inside a noun phrase; O: to, of, from; U: an -ing noun before a noun ("living room"); Y: "a mans hat";
-# Z: a participle before its noun ("parked cars"); G, E: participles elsewhere; H: an auxiliary other than be (B).
-UPOS = dict(D="DET", P="PRON", J="ADJ", N="NOUN", S="NOUN", U="NOUN", R="PRON", A="ADV", Q="ADV", I="ADP", O="ADP",
-            Y="NOUN", K="CCONJ", V="VERB", Z="VERB", G="VERB", E="VERB", B="AUX", H="AUX", T="PART", W="PRON", L="SCONJ",
-            X="PRON", M="PART", **{"#": "NUM", ",": "PUNCT", ".": "PUNCT"})
-# Tag -> words; a second letter: the tag of the verb's -s form. ys, yz: nouns too, the -s form mostly a verb (rides), a
-# noun (lights); e: participles; i: things in -ing; j: adjectives before a noun, else nouns; N: the suffix rules err.
+# A tag is one character, so that the tags of a caption are a string and a noun phrase is a
+# regular expression over it. The word between the stars is an example.
+DET, POSS, NUM = "DPC"  # *a* dog, *his* dog, *two* dogs
+ADJ, PARTICIPLE, DEGREE = "JZQ"  # *red* cars, *parked* cars, *very* tall men
+NOUN, PLURAL, COMPOUND = "NSU"  # a *dog*, two *dogs*, a *living* room
+OWNER, GENITIVE, PRON = "YMR"  # a *mans* hat, a man *'s* hat, *it*
+VERB, ING, PAST = "VGE"  # a dog *runs*, a man *riding* a horse, a car *parked* in a street
+BE, AUX, INF = "BHT"  # a dog *is* wet, a dog *can* swim, ready *to* go
+ADV, PREP, LINK = "AIO"  # run *away*, *on* a bed, two *of* them
+CONJ, SUB = "KL"  # cats *and* dogs, *while* a dog runs
+REL = "W"  # a man *who* runs
+COMMA, MARK, START = ",.^"  # any other sign is a MARK; START stands before the first word
+ANY = string.ascii_letters + ",.^"
+# Classes of words whose tag depends on their neighbours, each named by one of its words: *ride*,
+# *rides* are mostly verbs, *lights* is mostly a noun, all may be the other. APOSTROPHE_S: 's.
+RIDE, RIDES, LIGHTS, RIDING, PARKED, PAINTING, ORANGE = "yszgeij"
+UP, NEARBY, BACK, RIGHT, HAS, CAN, ALL, ONE, THAT, HER, TO, APOSTROPHE_S = "pwbrdnlothum"
+
+# Words by class, alphabetically; of verbs: the class of the word and of its form in -s.
+VERBS = {
+    (VERB, VERB): """accept add adorn allow appear approach argue arrive ask assemble attach attempt
+    await bake bathe beg begin boil bring browse build buy carry carve celebrate chat chew chop
+    clutch come compete connect consist contain converse crawl create crouch cuddle decorate deliver
+    depart depict descend describe dig dine discuss dodge don drag drape draw dribble drill eat
+    emerge enjoy enter examine extend fill fix flee float follow forage frolic gain gallop gather
+    gaze get give glide go grab grapple graze greet grow guide hang hear herd hike hold hover huddle
+    include indicate inflate inspect jog juggle keep knead kneel knit know laugh lay lean let lick
+    lie listen love make maneuver march meet melt mix mow munch navigate observe operate overlook
+    participate pass pay peek peer perform pluck poke portray pour prepare raise read receive recite
+    recline reflect relax remove resemble roam rub say scale scoop scramble scratch scream sculpt
+    see seem select sell send sew shave shear shovel sing sip sit skid sniff snuggle soar socialize
+    speak splash sprint squeeze stare stay steer stir strum surround sweep swim tackle take tell
+    think throw trot try tumble unload vault wade wander want wear weld whisper wrestle write yawn
+    yell""",
+    (RIDE, RIDES): """balance bend bite blow bounce brush buck capture catch chase cheer clap climb
+    cook cross cruise cut display dive drive face fall feature feed finish flip fly glance grind
+    help hide hit hug hunt jump kick lead leap lift look lounge move pause pedal photograph pick
+    play plow point pose practice pull push race reach repair rest return ride rise run serve shake
+    shine shout show sleep slide spin squat stand start stretch strike stroll surf sway swing talk
+    toss touch tow travel turn use wait wake walk wash watch wipe work""",
+    (RIDE, LIGHTS): """bark bat blend board bow burn camp comb cover crowd dress drink drop fight
+    film fish fry gesture glow grill groom hammer host kiss land leave light line load mount nap
+    pack paddle paint park peel pet pile pitch place plant post roast roll row sail scrub share shop
+    sign signal skate skateboard sketch ski slice smile snowboard sport spray spread state stick
+    stop taste text tie trail train trick trim type wave wrap""",
+}
 WORDS = {
-    "J": """hispanic caucasian arab latin australian brazilian korean vietnamese thai greek turkish scottish nearest protective large big
-        small little huge tall short long wide narrow high low deep shallow thick thin fat round flat straight curved curly old young new
-        elderly ancient modern contemporary vintage fresh ripe hot cold warm cool wet clean full open close dark bright dim clear icy hilly
-        steep smooth rough sharp hard soft bald loose tight plain simple fancy ornate elegant cute nice great good bad best strange odd
-        unusual unique different similar same other own several few multiple single only whole sad tired calm quiet lone wild rural urban
-        public electric electronic digital mobile wooden metallic golden dead live naked barefoot pregnant blonde blond asian african
-        american chinese japanese european mexican english formal military historic floral outdoor indoor upper lower inner outer front top
-        bottom middle center opposite adjacent far upside bare lush strong fast slow fake real natural homemade jumbo tan pale neon striped
-        beige maroon turquoise lavender gold silver red green blue yellow purple pink brown black white gray grey cyan teal magenta first
-        second third last next asleep teenage human mini raw neat rustic unmade bronze copper wicker gourmet scenic scary retro twin minor
-        major gigantic slim classic unripe rotten damp closed overcast dull woolly elaborate handsome ugly better poor rich fine silly
-        triple dual main entire complete multi-colored multicolored excited loud solemn lonely solitary stray domestic exotic suburban
-        private local foreign automatic manual woolen rundown dilapidated sweet spicy juicy sick nude brunette italian british french german
-        indian russian canadian roman swiss dutch irish spanish egyptian arabic casual stylish naval gothic medieval victorian patriotic
-        artistic panoramic distant upside-down parallel dense barren vast cramped cluttered fragile quick able handmade normal rare favorite
-        important assorted miniature oversized medium transparent vibrant pastel pinkish reddish checkered spotted violet khaki scarlet
-        crimson aqua indigo bored gross decadent ceramic unopened unfinished unused fourth fifth final future current early late such
-        unattended handicapped handicap shorn weathered awake separate grand upscale compact sparse scattered wooded forested chilly crisp
-        slippery bubbly serene crowded inverted stationary minimal basic central eastern western junior senior middle-aged feathery smiley
-        googly snow-covered metropolitan alpine mixed dreary calico quaint tender complex idle amber""",
-    "VV": """sit eat wear hold carry graze lean hang throw lay lie make take give get go come see prepare contain include appear seem
-        perform enjoy read let speak kneel stare peek enter pass put say know want try sell swim float herd grab gather glide laugh chop
-        greet relax keep bring attempt approach overlook await sniff lick chew munch write ask listen hear crouch gaze peer dig fill sing
-        tell think buy send pay meet grow compete participate celebrate examine inspect observe operate wander roam forage splash hover soar
-        descend depict resemble adorn surround decorate consist follow raise drag poke sip pour stir mix bake add remove extend melt skid
-        rub scratch sweep shave receive deliver unload fix build create draw carve attach connect arrive depart boil dribble steer pedal
-        wade trot gallop drape don shear bathe scoop guide describe love gain accept select emerge yawn beg knit sew begin browse allow
-        indicate chat dine reflect portray drill march scale stay juggle jog grapple frolic sprint tackle wrestle hike crawl scream yell
-        whisper clutch assemble sculpt weld shovel mow sew pluck strum recite argue discuss dodge scramble tumble flee vault recline squeeze
-        inflate converse socialize cuddle snuggle huddle navigate maneuver knead""",
-    "V": "threw got swung laid sat stood rode took wore flew ate drove ran swam went came saw gave wrote fell grew",
-    "ys": """swing hit kick pull push cross wait walk run ride look watch stand pose play jump reach show talk pick use point cut cook race
-        surf work rest drive catch lead display feature feed fall fly hide sleep move face stretch climb travel shine rise blow capture help
-        turn touch brush serve balance bite slide spin flip shake hug wash hunt lounge photograph strike lift practice dive start finish
-        return repair buck toss glance chase wipe grind tow bend leap cruise plow stroll sway clap shout wake cheer bounce pause squat pedal""",
-    "yz": """roll smile stop drink ski skate skateboard paddle sail bat land pet sign train type light park board line cover spread plant
-        wave trick stick taste kiss comb share load roast grill fry blend snowboard row fish nap pack pitch fight paint sport host place
-        text shop dress trail state peel glow leave film slice mount tie groom burn bow camp drop post signal pile crowd bark wrap trim
-        spray hammer sketch scrub gesture""",
-    "e": """worn eaten seen taken drawn made shown held hung ridden flown thrown caught kept lit built broken bent set written torn grown
-        blown frozen fallen led fed split stuck strung woven cut put done gone lost laid laden clad drunk driven sold hidden bitten
-        overgrown dug shut bought""",
-    "i": """building clothing ceiling railing icing frosting topping string ring wing king wedding bedding awning crossing netting seating
-        flooring plumbing lining earring pudding drawing painting writing lighting serving landing dressing covering opening setting
-        stuffing filling offering carving marking meeting boxing lettering""",
-    "j": "rear orange square oval light giant plaid antique half adult male female",
-    "S": "people men women children sheep cattle deer police geese mice feet teeth kids elk buffalo",
-    "N": """stable vegetable table family belly jelly butterfly assembly bed shed sled seed speed owner cooler dryer forest locomotive
-        handful material thing spring evening morning dwelling shelving ping lightning thanksgiving sting lily italy bully holly rally
-        trolly weed opener moped reed cleaner baby body lady teddy sky party puppy tabby army buggy pony ivy daisy candy bunny kitty ferry
-        cherry curry lobby balcony canopy husky dairy hobby family penny study copy property company fairy buddy daddy dinghy trophy gypsy
-        rental lens gas canvas christmas plastic teenager stranger foreigner loner passerby passersby priest novelty plenty gravy rugby
-        beauty mummy poverty dummy ceremony doggy patty potty""",
-    "D": "a an the this these those some any every each no another both all either neither",
-    "R": """it they them he she him himself herself itself themselves i we us you me someone somebody something anyone everyone everything
-        nothing others what eachother ones anybody everybody nobody they're""",
-    "#": """two three four five six seven eight nine ten eleven twelve fifteen twenty hundred thousand thirteen fourteen thirty forty fifty""",
-    "I": """in on at with into onto near under underneath beneath below above behind beside between among against along alongside across
-        through throughout toward towards atop via without within during until upon past for amid thru beyond except than like""",
-    "A": """not away together apart outdoors indoors here now still already also ahead upright alone else how why then just even downhill
-        somewhere everywhere airborne too upward uphill instead downward sideways upwards downwards maybe again ever never yet outward
-        upstairs downstairs onstage n't don't doesn't didn't rather afar""",
-    "Q": "very so quite almost more most well pretty super less extra somewhat otherwise",
-    "u": "to", "o": "one", "t": "that", "x": "there", "h": "her", "K": "and or & but nor", "P": "his their its my your our whose",
-    "W": "which who whom", "O": "of from", "b": "back side", "r": "right left",
-    "L": "while as when where because if since though although whether", "H": "will would could should might must may cannot can't",
-    "B": "is are was were be been being am isn't aren't", "d": "has have had having do does did", "n": "can",
-    "p": "up down off out over around by about inside outside aboard", "f": "after before",
-    "w": "nearby backwards backward forward overhead underwater"}
-# -ing words that make a compound with the noun after them ("cutting board"), the first even where a verb may stand;
-# those that describe it ("smiling people"). Then the adjectives that belong to the noun: "hot dog" is the subject.
-ING_ALWAYS = set("living dining parking cutting shopping swimming baking vending roasting".split())
-ING_COMPOUND = ING_ALWAYS | set("""sitting riding playing walking waiting running skiing surfing drinking cooking reading feeding batting
-        bathing folding operating ironing watering hunting herding fishing gaming training racing sleeping frying mixing sewing loading""".split())
-ING_STATE = set("sitting standing walking running hanging smiling moving matching oncoming flying towering".split())
-FIXED = {tuple((pair + s).split('-')) for s in ('', 's') for pair in """hot-dog stainless-steel big-ben french-fries flat-screen
-        double-decker wet-suit half-pipe top-hat big-rig orange-juice orange-slice orange-peel high-chair high-heel third-base wild-flower
-        polar-bear close-up rear-view light-switch light-pole light-post light-bulb light-fixture light-house smart-phone""".split()}
-# "a group of people" is one phrase whose subject is people; what a picture shows is a phrase and the picture is not;
-# times, events, manners and abstractions cannot be pointed at either; ball sports are things only in "a soccer ball".
-QUANTITY = set("""group couple pair bunch lot number herd flock row line pile stack set series variety assortment bundle collection crowd
-        piece slice bit part kind type sort portion serving half dozen array pack patch amount trio team bite section selection swirl halves
-        bunches batch chunk cluster gang handful hundred load mix multitude patches plenty string strip thousand ton varieties""".split())
-PICTURES = set("picture photo photograph image view up close closeup close-up shot selfie snapshot portrait footage".split())
-NOT_THINGS = set("""day night time morning afternoon evening dusk dawn daytime year hour season today summer winter game match matches
-        competition tournament contest event practice trip process action motion speed fun love style size color colour fashion position
-        height air midair flight direction order need help conversation trick stunt jump ride nap break look distance weather progress
-        unison stillness contrast life midst turn serve race talk tennis golf hockey badminton skiing type kind sort work business rest wait
-        haircut play volley consumption ages dozen marathon ceremony lesson performance adventure attempt autumn backhand call celebration
-        daylight discussion example excitement experience feel journey moment movement noon rugby skateboarding snowboarding speech surfing
-        tonight transit use variety visibility""".split())
-BALL_SPORTS = set("soccer baseball football basketball volleyball softball".split())
-# Words that place one thing by another: phrases only with an owner or a noun before them ("his back", "hill side");
-# adverbs when bare after a preposition ("on display"); acts when taken, made or had ("taking a swing").
-LOCATIONS = set("way top front side back rear middle center centre edge end bottom left right inside outside distance".split())
-BARE = set("""display sale line fire place tow board bat town sunset sunrise horseback formation hand dinner bloom breakfast case christmas
-        circles construction course duty foot front lines lunch pairs part play row rows service shape stock""".split())
-ACTS = set("way place swing bite sip drink hit bow shot".split())
-TAKING = set("take takes taking make makes making has get do does doing getting have having taken took".split())
-# What most often does what a participle says: in "a man in a hat riding …" the man rides.
-MOVERS = set("""man men woman women boy girl child children person people guy lady player surfer skier skateboarder dog cat bird horse cow
-        sheep elephant giraffe zebra couple group team train bus truck plane boat airplane kid baby toddler batter catcher pitcher skater
-        biker cyclist runner rider driver worker chef snowboarder swimmer kitten puppy bear monkey duck goat officer""".split())
-PEOPLE = set("man woman boy girl child person guy lady player surfer skier skateboarder dog cat toddler batter pitcher skater rider".split())
-MANY = QUANTITY | {"few", "several", "many"}                     # "a few street signs": here a plural is no verb
-# "picks up a box": the particle belongs to the verb; "tries to", "starts": what follows completes it; "gives a boy a ball".
-PARTICLE = re.compile(r"(?:pick|tak|took|wak|wok|hold|held|lift|put|cut|set|stick|stuck|blow|throw|fill|get|roll|fold|turn|pull|try)"
-                      r"[a-z]* (?:up|off|out|down|away)$")
-XCOMP = re.compile("(?:tr[yi]|want|beg[iau]|start|gett?|got|ready|about|prepar|attempt|learn|lik|lov|seem|appear|need|continu|keep|able|wait|enjoy)")
-GIVES = re.compile("(?:giv|gave|show|feed|fed|hand|offer|serv|toss|throw)")
-TOOLS = set("knife fork spoon racket racquet bat hand hands brush scissors chopsticks stick hose".split())
-for group in QUANTITY, PICTURES, NOT_THINGS, BALL_SPORTS, LOCATIONS, ACTS, MOVERS:   # and their plurals
-    group.update([word + "s" for word in group])
-LEXICON = {}
-for tags, words in WORDS.items():
-    LEXICON.update((word, tags[0]) for word in words.split())
-    for word in words.split() if tags[1:] else ():                # watch -> watches, carry -> carries, ride -> rides
-        LEXICON[re.sub("(s|x|z|o|[sc]h)$", r"\1e", re.sub("(?<![aeou])y$", "ie", word)) + "s"] = tags[1]
-SUFFIXES = [(re.compile(pattern), tag) for pattern, tag in (      # for other words; the first match wins
-    (r"['’]s$", "m"), (r"[\d.,/:]*\d[\d.,/:]*(?:st|nd|rd|th|s)?$", "#"), (r".+(?:ing|in')$", "g"), (r".{2,}ed$", "e"),
-    (r".{2,}ly$", "Q"),
-    (r".*(?:[aeou]y|[ei]ty|[aeou]ry|[snlue]try|lry|ndry|phy|[lor]gy|cy|berry)$", "N"), (r".{2,}(?:y|iest|mental)$", "J"),
-    (r".{2,}(?:(?<!t)ous|less|ful|ular|ial|onal|ical|[st]ive|[aeiou]ble|[wh]ern|[seoa]tic)$", "J"),
-    (r".+(?:ss|us|is)$", "N"), (r".+s$", "S"), (r"[^\W_]", "N"), (r",", ","))]
-DEGREES = ("(er|est)$", ""), ("(?<=e)(r|st)$", ""), (r"(.)\1(er|est)$", r"\1"), ("i(er|est)$", "y")   # bigger, tidiest
+    ADJ: """able adjacent african alpine amber american ancient aqua arab arabic asian asleep
+    assorted australian awake bad bald bare barefoot barren basic beige best better big black blond
+    blonde blue bored bottom brazilian bright british bronze brown brunette bubbly calico calm
+    canadian casual caucasian center central ceramic checkered chilly chinese classic clean clear
+    close closed cluttered cold compact complete complex contemporary cool copper cramped crimson
+    crisp crowded curly current curved cute cyan damp dark dead decadent deep dense different
+    digital dilapidated dim distant dreary dual dull dutch early eastern egyptian elaborate elderly
+    electric electronic elegant english entire european excited fake fancy far fast fat favorite
+    feathery few fifth final fine first flat floral foreign forested formal fourth fragile french
+    fresh front full future german gigantic gold golden good googly gothic gourmet grand gray great
+    greek green grey gross handicap handicapped handmade handsome hard high hilly hispanic historic
+    homemade hot huge human icy idle important indian indigo indoor inner inverted irish italian
+    japanese juicy jumbo junior khaki korean large last late latin lavender little live local lone
+    lonely long loose loud low lush magenta main major manual maroon medieval medium metallic
+    metropolitan mexican middle middle-aged military mini miniature minimal minor mixed mobile
+    modern multi-colored multicolored multiple naked narrow natural naval nearest neat neon new next
+    nice normal nude odd old only open opposite ornate other outdoor outer overcast oversized own
+    pale panoramic parallel pastel pink pinkish plain poor pregnant private public purple quaint
+    quick quiet rare raw real red reddish retro rich ripe roman rotten rough round rundown rural
+    russian sad same scarlet scary scattered scenic scottish second senior separate serene several
+    shallow sharp shorn short sick silly silver similar simple single slim slippery slow small
+    smiley smooth snow-covered soft solemn solitary spanish sparse spicy spotted stationary steep
+    straight strange stray striped strong stylish suburban such sweet swiss tall tan teal teenage
+    tender thai thick thin third tight tired top transparent triple turkish turquoise twin ugly
+    unattended unfinished unique unmade unopened unripe unused unusual upper upscale upside
+    upside-down urban vast vibrant victorian vietnamese vintage violet warm weathered western wet
+    white whole wicker wide wild wooded wooden woolen woolly yellow young""",
+    NOUN: """army assembly baby balcony beauty belly body buddy buggy bully bunny butterfly candy
+    canopy canvas ceremony cherry christmas cleaner company cooler copy curry daddy dairy daisy
+    dinghy doggy dummy dwelling evening fairy family ferry foreigner gas gravy gypsy handful hobby
+    holly husky italy ivy jelly kitty lady lens lightning lily lobby locomotive loner material moped
+    morning mummy novelty opener owner party passerby passersby patty penny ping plastic plenty pony
+    potty poverty priest property puppy rally reed rugby seed shed shelving sky sled speed spring
+    stable sting stranger study tabby table teddy teenager thanksgiving thing trolly vegetable
+    weed""",
+    PLURAL: "buffalo cattle children deer elk feet geese men mice people police sheep teeth women",
+    VERB: """ate came drove fell flew gave got grew laid ran rode sat saw stood swam swung threw
+    took went wore wrote""",
+    PARKED: """bent bitten blown bought broken built caught clad cut done drawn driven drunk dug
+    eaten fallen fed flown frozen gone grown held hidden hung kept laden laid led lit lost made
+    overgrown put ridden seen set shown shut sold split strung stuck taken thrown torn worn woven
+    written""",
+    PAINTING: """awning bedding boxing building carving ceiling clothing covering crossing drawing
+    dressing earring filling flooring frosting icing king landing lettering lighting lining marking
+    meeting netting offering opening painting plumbing pudding railing ring seating serving setting
+    string stuffing topping wedding wing writing""",
+    ORANGE: "adult antique female giant half light male orange oval plaid rear square",
+    DET: "a an another any each either every neither no some the these this those",
+    POSS: "his its my our their whose your",
+    PRON: """anybody anyone eachother everybody everyone everything he herself him himself i it
+    itself me nobody nothing ones others she somebody someone something them themselves they they're
+    us we what you""",
+    NUM: """eight eleven fifteen fifty five forty four fourteen hundred nine seven six ten thirteen
+    thirty thousand three twelve twenty two""",
+    PREP: """above across after against along alongside amid among at atop before behind below
+    beneath beside between beyond during except for in into like near on onto past than through
+    throughout thru toward towards under underneath until upon via with within without""",
+    UP: "aboard about around by down inside off out outside over up",
+    ADV: """afar again ahead airborne alone already also apart away didn't doesn't don't downhill
+    downstairs downward downwards else even ever everywhere here how indoors instead just maybe n't
+    never not now onstage outdoors outward rather sideways somewhere still then there together too
+    uphill upright upstairs upward upwards why yet""",
+    NEARBY: "backward backwards forward nearby overhead underwater",
+    DEGREE: "almost extra less more most otherwise pretty quite so somewhat super very well",
+    BE: "am are aren't be been being is isn't was were",
+    AUX: "can't cannot could may might must should will would",
+    CONJ: "& and but nor or",
+    SUB: "although as because if since though when where whether while",
+    HAS: "did do does had has have having",
+    REL: "which who whom",
+    LINK: "from of",
+    RIGHT: "left right",
+}
 
 
-# --------------------------------------------------------------------------------------------------- tokens, tags
-class Token(NamedTuple):
-    """A word or mark, caption[start:end], its universal part of speech, the index of its head (-1: it is the root), the relation to it."""
-    text: str
-    start: int
-    end: int
-    tag: str
-    head: int
-    label: str
-
-class Phrase(NamedTuple):
-    """A base noun phrase and its subject, the head noun with its compounds; spans: (start, end) in the caption."""
-    text: str
-    span: tuple
-    subject: str
-    subject_span: tuple
-
-class Parse(NamedTuple):
-    """A caption as given, its Tokens and its Phrases, lists in the order of the caption."""
-    caption: str
-    tokens: list
-    phrases: list
+def with_plurals(words):
+    """The set of the words of a text, and of each with an s behind it."""
+    return {word + ending for word in words.split() for ending in ("", "s")}
 
 
-# A word with its hyphens, apostrophes and decimals, or an abbreviation with its dots; 's; any other character by itself.
-# NLTK's RegexpTokenizer gives the same spans from it, in twice the time.
-TOKEN = re.compile(r"[^\W_]+(?:[-'’](?!s\b)[^\W_]+|[.,:/](?=\d)\d+|\.(?<=\b(?:[Ss]t|[DdMm]r)\.)|(?<=\b[A-Za-z])\.(?:[A-Za-z]\.)+)*"
-                   r"|['’]s\b|\S")
+# -ing words that belong to the noun after them ("cutting board"), the first even where a verb may
+# stand ("and parking lots"); and those that describe it ("smiling people").
+ING_ALWAYS = "baking cutting dining living parking roasting shopping swimming vending".split()
+ING_COMPOUND = """baking bathing batting cooking cutting dining drinking feeding fishing folding
+    frying gaming herding hunting ironing living loading mixing operating parking playing racing
+    reading riding roasting running sewing shopping sitting skiing sleeping surfing swimming
+    training vending waiting walking watering""".split()
+ING_STATE = """flying hanging matching moving oncoming running sitting smiling standing towering
+    walking""".split()
+# Words that belong to the noun after them: "hot dog" is a subject.
+FIXED = with_plurals("""big-ben big-rig close-up double-decker flat-screen french-fries half-pipe
+    high-chair high-heel hot-dog light-bulb light-fixture light-house light-pole light-post
+    light-switch orange-juice orange-peel orange-slice polar-bear rear-view smart-phone
+    stainless-steel third-base top-hat wet-suit wild-flower""")
+# "a group of people" is one phrase, and people is its subject.
+QUANTITY = with_plurals("""amount array assortment batch bit bite bunch bunches bundle chunk cluster
+    collection couple crowd dozen flock gang group half halves handful herd hundred kind line load
+    lot mix multitude number pack pair part patch patches piece pile plenty portion row section
+    selection series serving set slice sort stack string strip swirl team thousand ton trio type
+    varieties variety""")
+# A picture of a dog shows a dog: the dog is a phrase, the picture is none.
+PICTURES = with_plurals("""close close-up closeup footage image photo photograph picture portrait
+    selfie shot snapshot up view""")
+# Times, events, manners, abstractions: one cannot point at them.
+NOT_THINGS = with_plurals("""action adventure afternoon ages air attempt autumn backhand badminton
+    break business call celebration ceremony color colour competition consumption contest contrast
+    conversation dawn day daylight daytime direction discussion distance dozen dusk evening event
+    example excitement experience fashion feel flight fun game golf haircut height help hockey hour
+    journey jump kind lesson life look love marathon match matches midair midst moment morning
+    motion movement nap need night noon order performance play position practice process progress
+    race rest ride rugby season serve size skateboarding skiing snowboarding sort speech speed
+    stillness stunt style summer surfing talk tennis time today tonight tournament transit trick
+    trip turn type unison use variety visibility volley wait weather winter work year""")
+# Nor at sports, but at "a soccer ball"; nor at words that place things, but at "his back";
+# bare after a preposition ("on display"); in "in a row"; made, taken or had ("taking a swing").
+BALL_SPORTS = with_plurals("baseball basketball football soccer softball volleyball")
+SPORTS = ("skating", "boarding", "surfing", "skiing", "sailing")  # "is snow boarding"
+LOCATIONS = with_plurals("""back bottom center centre distance edge end front inside left middle
+    outside rear right side top way""")
+BARE = """bat bloom board breakfast case christmas circles construction course dinner display duty
+    fire foot formation front hand horseback line lines lunch pairs part place play row rows sale
+    service shape stock sunrise sunset tow town""".split()
+ARRAYS = ("row", "line", "circle", "group", "pile")
+ACTS = with_plurals("bite bow drink hit place shot sip swing way")
+TAKING = """do does doing get getting has have having make makes making take taken takes taking
+    took""".split()
+# What most often does what a verb says: in "a man in a hat riding a horse" the man rides. After
+# "the", the second alone; after "a", any noun, but for words of MANY ("a few street signs").
+MOVERS = with_plurals("""airplane baby batter bear biker bird boat boy bus cat catcher chef child
+    children couple cow cyclist dog driver duck elephant giraffe girl goat group guy horse kid
+    kitten lady man men monkey officer people person pitcher plane player puppy rider runner sheep
+    skateboarder skater skier snowboarder surfer swimmer team toddler train truck woman women worker
+    zebra""")
+PEOPLE = """batter boy cat child dog girl guy lady man person pitcher player rider skateboarder
+    skater skier surfer toddler woman""".split()
+SINGULAR = ("a", "an", "one", "another", "each", "every")
+MANY = QUANTITY | {"few", "several", "many"}
+
+LEXICON = {"can": CAN, "her": HER, "one": ONE, "that": THAT, "to": TO}
+LEXICON |= {"all": ALL, "both": ALL, "back": BACK, "side": BACK}
+for (verb_class, s_class), verbs in VERBS.items():
+    for verb in verbs.split():  # carry -> carries, watch -> watches, ride -> rides
+        stem = re.sub("(s|x|z|o|[sc]h)$", r"\1e", re.sub("(?<![aeou])y$", "ie", verb))
+        LEXICON[verb] = verb_class
+        LEXICON[stem + "s"] = s_class
+for word_class, members in WORDS.items():
+    LEXICON.update(dict.fromkeys(members.split(), word_class))
+# Words that are not in the lexicon: the first ending that fits decides.
+ENDINGS = (
+    (r"['’]s$", APOSTROPHE_S),
+    (r"[\d.,/:]*\d[\d.,/:]*(?:st|nd|rd|th|s)?$", NUM),
+    (r".+(?:ing|in')$", RIDING),
+    (r".{2,}ed$", PARKED),
+    (r".{2,}ly$", DEGREE),
+    (r".*(?:[aeou]y|[ei]ty|[aeou]ry|[snlue]try|lry|ndry|phy|[lor]gy|cy|berry)$", NOUN),
+    (r".{2,}(?:y|iest|mental|(?<!t)ous|less|ful|ular|ial|onal|ical|[st]ive)$", ADJ),
+    (r".{2,}(?:[aeiou]ble|[wh]ern|[seoa]tic)$", ADJ),
+    (r".+(?:ss|us|is)$", NOUN),
+    (r".+s$", PLURAL),
+    (r"[^\W_]", NOUN),
+    (r",", COMMA),
+    (r"", MARK),
+)
+# bigger -> big, nicer -> nice, tidiest -> tidy; small and nice are in the lexicon
+DEGREES = ("(er|est)$", ""), ("(?<=e)(r|st)$", ""), (r"(.)\1(er|est)$", r"\1"), ("i(er|est)$", "y")
+
+
+# A word or a sign, caption[start:end], and its tag. A noun phrase and its subject, the head noun
+# with its compounds; a span is (start, end). A caption with its `Token`s and `Phrase`s, in order.
+Token = namedtuple("Token", "text start end tag")
+Phrase = namedtuple("Phrase", "text span subject subject_span")
+Parse = namedtuple("Parse", "caption tokens phrases")
+
+# A word with its hyphens, apostrophes and decimals; an abbreviation with its dots; 's; any sign.
+TOKEN = re.compile(
+    r"[^\W_]+(?:[-'’](?!s\b)[^\W_]+|[.,:/](?=\d)\d+|\.(?<=\b(?:[Ss]t|[DdMm]r)\.)"
+    r"|(?<=\b[A-Za-z])\.(?:[A-Za-z]\.)+)*|['’]s\b|\S"
+)
+
 
 def tokenize(caption):
-    """Offsets [(start, end), …] of the words and punctuation marks of a caption; [] when there are none."""
-    return [m.span() for m in TOKEN.finditer(caption)]
+    """Offsets [(start, end), …] of the words and signs of a caption; [] when there are none."""
+    return [match.span() for match in TOKEN.finditer(caption)]
+
 
 @lru_cache(maxsize=1 << 16)
-def tag_word(word):
-    """The tag letter of a lower-cased word seen alone: by lexicon, last part after a hyphen, degree, then suffix."""
+def classify(word):
+    """The class of a lower-cased word seen alone: by lexicon, last part, degree, then ending."""
     if word in LEXICON:
         return LEXICON[word]
     last = word.rpartition("-")[2]
-    if last != word and last.isalpha():
-        tag = tag_word(last)
-        return tag if tag in "Jeg" else "S" if last[-1] == "s" else "N"
-    if any(LEXICON.get(re.sub(pattern, base, word)) == "J" for pattern, base in DEGREES):
-        return "J"
-    return next((tag for pattern, tag in SUFFIXES if pattern.match(word)), ".")
+    if last != word and last.isalpha():  # black-and-white, snow-covered, t-shirts
+        found = classify(last)
+        plain = PLURAL if last.endswith("s") else NOUN
+        return found if found in (ADJ, PARKED, RIDING) else plain
+    if any(LEXICON.get(re.sub(pattern, base, word)) == ADJ for pattern, base in DEGREES):
+        return ADJ
+    return next(found for pattern, found in ENDINGS if re.match(pattern, word))
 
 
-UNDECIDED = frozenset("wysziegjphotxbnrdumfVJ")
-NOUNISH = frozenset("NSJjyszigeoU#VQ")      # may come next inside a noun phrase, as first tagged
-OPENS = frozenset("DPhIOpTuAwkL,.KRtB")      # comes after a verb rather than after a noun's modifier
+# Groups of tags and classes for the rules below, by where they stand.
+NOUNS = NOUN + PLURAL
+COMPOUNDS = NOUNS + COMPOUND
+JOINTS = COMMA + CONJ
+THINGS = NOUNS + ORANGE + RIDE + LIGHTS  # may be a noun
+STARTS = THINGS + ADJ + NUM + COMPOUND + PARKED + PAINTING + RIDES + ONE  # starts a noun phrase
+NEXT = STARTS + RIDING + DEGREE
+NOUNISH = NEXT + VERB  # may go on a noun phrase
+ARTICLES = DET + POSS + ALL
+OPENERS = ARTICLES + HER  # starts a noun phrase and cannot go on one
+INSIDE = ARTICLES + ADJ + PARTICIPLE + NUM + GENITIVE  # stands in one, before its noun
+PREPS = PREP + LINK
+BETWEEN = START + JOINTS + PREPS  # stands before one
+PLACES = PREPS + UP + ADV
+AFTER = PLACES + TO + SUB + NOUNS + ADJ  # may follow a verb that may be a noun
+FOLLOWS = PLACES + TO + SUB + JOINTS + MARK + OPENERS + NEARBY + PRON + THAT + BE  # follows a verb
 
-def singular(words, tags, i):
-    """Whether a noun before i is one of a kind ("a man", "the skier"): a plural after it would be no noun, so it is a verb."""
-    j = i - 1
-    while j > 0 and (tags[j] in "NJZUQ" or tags[j] in ",K" and tags[j + 1] in "JZK") and i - j < 9:
-        j -= 1
-    one = words[j] in ("a", "an", "one", "another", "each", "every") and not MANY.intersection(words[j:i])
-    return (one or words[j] == "the" and words[i - 1] in PEOPLE) and words[i][-1:] == "s" and (words[i - 1], words[i]) not in FIXED
-
-def disambiguate(words, tags):
-    """Decide every small tag letter, left to right, from its neighbours: lists in, a list of capitals out. Linear.
-
-    w is the word, k its tag; p and pp the (decided) tags before it, q and q2 the (undecided) ones after it.
-    """
-    words, tags, pp, p, prev = words + ["", ""], tags + [".", "."], "^", "^", ""
-    for i, w in enumerate(words[:-2]):
-        k, after = tags[i], words[i + 1]
-        if after in ("next", "close") and words[i + 2] == "to":
-            tags[i + 1] = "A"
-        q, q2 = tags[i + 1], tags[i + 2]
-        if k in "NS":
-            if (q in "DPh#" and (p in ("ST" if k == "N" else "NQ") or k == "S" and p == "K" and "V" in tags[max(0, i - 9):i])
-                    or k == "S" and (p == "R" or p == "N" and singular(words, tags, i) and (
-                        q in OPENS or q in "#J" or q == "g" and w[-3:] != "ers"))):
-                k = tags[i] = "V"                                 # a boy pedals his bike; as she bends; a bird perches on
-            elif k == "N" and p == "S" and pp in "^#" and q in "IOpA" and w not in LEXICON:
-                k = tags[i] = "V"                                 # two wrestlers grapple on
-            elif k == "S" and (prev in ("a", "an") and w[:-1] in MOVERS or w in ("mans", "womans", "childs")) and (q in NOUNISH or q == "b"):
-                k = tags[i] = "Y"                                 # a persons back
-        elif k in UNDECIDED:
-            noun_next, inside = q in NOUNISH, p in "DPJZ#M"
-            if (w, after) in FIXED: k = "N"
-            elif k == "J":                                        # each other; on top of
-                place = w in LOCATIONS and w != "next" and (p == "N" or not noun_next and q not in "rb")
-                k = "N" if place else "R" if w == "other" and (prev == "each" or q == "g") else "J"
-            elif k == "g" and w in ING_COMPOUND and q in "NSyjz" and after not in MOVERS and (
-                    p in "DPJ#MIOUZ" or p in "^,KN" and w in ING_ALWAYS and prev not in MOVERS):
-                k = "U"                                           # a cutting board
-            elif k == "g":                                        # a smiling man; of running water; the landing
-                state = w in ING_STATE and p in "^IOK,VG" and q != "V" or prev in ("of", "with") and q not in "VgJ"
-                every = prev in ("all", "both")                   # people, all wearing hats
-                k = "Z" if noun_next and (inside and not every or p == "Q" or state) else "N" if p in "DPM" and not every else "G"
-            elif k == "e":                                        # a parked car; a snow covered slope; a set
-                before = inside or p in "Q^IOK,VGN"
-                k = "Z" if before and noun_next and q != "V" else "N" if p in "DP" and prev != "all" else "E"
-            elif k == "y":                                        # to ride; people ride; a man and a woman ride
-                led = p in "WRHXT" or p in "K," and pp in "VAGE"
-                plural = p in "SB" and (noun_next or q in OPENS)
-                many = "S" in tags[:4] or "K" in tags[max(0, i - 4):i]
-                far = p in "N," and (q in "DPIOphA" or noun_next and pp == "K") and many and not (
-                    set("VGEB") & set(tags[max(0, i - 6):i])) and LEXICON.get(w + "s") == "s"
-                k = "V" if led or plural or far else "N"
-            elif k == "j": k = "J" if noun_next and q not in "Vsg" and p != "N" or q in "K," and q2 == "J" else "N"
-            # verbs, has, rides, waves, painting, up, her, to, there, one, that, right, side by side, back, can, 's
-            elif k == "V": k = "N" if inside and q not in "DPh" else "V"
-            elif k == "d": k = "H" if q == "B" or q == "e" and q2 not in NOUNISH else "V"
-            elif k == "s": k = "S" if p in "DZ#IOM" or p in "PJU^" and q not in "DPh" else "V"
-            elif k == "z":                                        # a flag waves in; street lights in
-                led = p == "N" and (prev in MOVERS or q not in ".,K" and singular(words, tags, i))
-                k = "V" if p == "R" or led and q in "DPIOpAuL.,KNSJ#" or p in "NQ" and q in "DP" else "S"
-            elif k == "i": k = "G" if p in "SBRV" or p == "N" and (prev in MOVERS or q in "DPh") else "N"
-            elif k == "p" and w == "about" and after == "to": k = "J"
-            elif k == "p": k = "I" if q in "DPhRo#NSJjyszieUtb" and not (p in "VGE" and PARTICLE.match(f"{prev} {w}")) else "A"
-            elif k == "w": k = "J" if noun_next and p in "DPJ" else "A"
-            elif k == "f": k = "L" if after in ("he", "she", "they", "we") else "I"
-            elif k == "h": k = "P" if noun_next or q in "rb" else "R"
-            elif k == "u": k = "T" if q in "VB" or q + q2 in ("ND", "NP") or q == "y" and prev != "next" else "O"
-            elif k == "x": k = "X" if q in "BdVHm" else "A"
-            elif k == "o": k = "#" if q in "NSJjy" else "R"
-            elif k == "t": k = "W" if p in "NSRJ" else "D" if q in "NSJjy" else "L"
-            elif k == "r": k = "J" if noun_next or q == "b" else "N" if p in "DIOPJ" else "A"
-            elif w == "side": k = "A" if p in "NS" and after == "by" else "N"
-            elif k == "b" and after in MOVERS: k = "J"
-            elif k == "b": k = "N" if p in "DPJIOMY" or noun_next else "A"
-            elif k == "n": k = "H" if q in "VByA" and p in "NSRX" else "N"
-            else: k = "M" if p in "NSR" and (noun_next and q != "g" or q in "rb") else "B"
-            tags[i] = k
-        pp, p, prev = p, k, w
-    return tags[:-2]
+# words[index] between its neighbours: words, tags of the two to its left, classes of the two to
+# its right; then all words and all tags, which are classes from index on.
+Near = namedtuple("Near", "index words tags before word after left2 left right right2")
 
 
-# ---------------------------------------------------------------------------------------------------------- heads
-# A base noun phrase over the tag letters: "red and white cups" is JkJS, "a dog's head" DNMN. k, a conjunction or comma
-# between adjectives of one noun, is found first. Repetition is bounded, so the time is linear.
+# Tests of what a rule asks for beside the two tags next to a word.
+def is_place(near):
+    return near.word in LOCATIONS
+
+
+def after_mover(near):
+    return near.before in MOVERS
+
+
+def after_one(near):
+    """The noun before is one of its kind, so no plural follows it: a bird *perches* on."""
+    words, tags, start = near.words, near.tags, near.index - 1
+    bound = max(1, start - 8)
+    while start > bound and tags[start] in COMPOUNDS + ADJ + PARTICIPLE + JOINTS:
+        if tags[start] in JOINTS and tags[start + 1] not in ADJ + CONJ:
+            break  # a man, a woman
+        start -= 1
+    if near.word[-1] != "s" or f"{near.before}-{near.word}" in FIXED:
+        return False
+    if words[start] == "the":
+        return near.before in PEOPLE
+    return words[start] in SINGULAR and not MANY.intersection(words[start : near.index])
+
+
+def after_two(near):
+    """Two things or more came before, and no verb: a man and a woman *ride* on."""
+    some = near.tags[max(2, near.index - 6) : near.index]
+    verb = LEXICON.get(near.word + "s") == RIDES
+    several = PLURAL in near.tags[2:6] or CONJ in some[-4:]
+    return verb and several and not any(tag in VERB + ING + PAST + BE for tag in some)
+
+
+def compounds(near):
+    """A *cutting* board, but a *riding* man; between phrases only ING_ALWAYS: *parking* lots."""
+    if near.left in JOINTS + START + NOUN and (near.word not in ING_ALWAYS or after_mover(near)):
+        return False
+    return near.word in ING_COMPOUND and near.after not in MOVERS
+
+
+def owns(near):
+    """A person, and the apostrophe is missing: a *persons* back."""
+    return near.word == "mans" or near.before in ("a", "an") and near.word[:-1] in MOVERS
+
+
+# The class of a word, the tag before it, the class after it -> its tag; then what else must hold.
+# The first row that fits counts; where none does, the class is a tag.
+RULES = (
+    (ALL, ANY, RIDING + PARKED, PRON),  # people, *all* wearing hats
+    (ALL, ANY, ANY, DET),  # *all* people
+    (ADJ, DET, ANY, PRON, lambda near: f"{near.before} {near.word}" == "each other"),
+    (ADJ, DET, RIDING, PRON, lambda near: near.word == "other"),  # the *other* riding
+    (ADJ, NOUN, ANY, NOUN, is_place),  # a hill *top*
+    (ADJ, ANY, NOUNISH + RIGHT, ADJ),  # a *red* bus
+    (ADJ, ANY, ANY, NOUN, is_place),  # on *top* of
+    (ORANGE, ANY, JOINTS, ADJ, lambda near: near.right2 == ADJ),  # an *orange* and red bus
+    (ORANGE, NOUN, ANY, NOUN),  # a street *light*
+    (ORANGE, ANY, RIDES + RIDING + VERB, NOUN),  # an *orange* sits
+    (ORANGE, ANY, NOUNISH, ADJ),  # an *orange* bus
+    (NOUN, PLURAL + INF, OPENERS, VERB),  # to *pedal* a bike
+    (NOUN, PLURAL, PLACES, VERB, lambda near: near.left2 in START + NUM),  # two men *grapple* on
+    (PLURAL, NOUN + DEGREE, OPENERS, VERB),  # a boy *pedals* his bike
+    # a man stands and *bends* his knees
+    (PLURAL, CONJ, OPENERS, VERB, lambda near: VERB in near.tags[: near.index][-9:]),
+    (PLURAL, PRON, ANY, VERB),  # as she *bends*
+    (PLURAL, NOUN, FOLLOWS + RIDING, VERB, after_one),  # a bird *perches* on
+    (PLURAL, ANY, NOUNISH + BACK, OWNER, owns),  # a *mans* hat
+    (LIGHTS, PRON, ANY, VERB),  # as it *waves*
+    (LIGHTS, NOUN + DEGREE, ARTICLES, VERB),  # a boy *waves* a flag
+    (LIGHTS, NOUN, AFTER + JOINTS + MARK, VERB, after_mover),  # a boy *waves*
+    (LIGHTS, NOUN, AFTER, VERB, after_one),  # a flag *waves* in
+    (LIGHTS, ANY, ANY, PLURAL),  # two *lights*
+    (RIDE, REL + PRON + AUX + INF, ANY, VERB),  # to *ride*
+    (RIDE, JOINTS, ANY, VERB, lambda near: near.left2 == VERB),  # sit and *ride*
+    (RIDE, PLURAL + BE, NOUNISH + FOLLOWS, VERB),  # people *ride* on
+    (RIDE, NOUN + COMMA, OPENERS + PLACES, VERB, after_two),  # a man and a woman *ride* on
+    # bride and groom *walk* hand in hand
+    (RIDE, NOUN, NEXT, VERB, lambda near: near.left2 == CONJ and after_two(near)),
+    (PAINTING, PLURAL + BE + PRON + VERB, ANY, ING),  # people *painting*
+    (PAINTING, NOUN, OPENERS, ING),  # a worker *painting* a wall
+    (PAINTING, NOUN, ANY, ING, after_mover),  # a man *painting*
+    (RIDING, INSIDE + COMPOUND + BETWEEN + NOUN, THINGS, COMPOUND, compounds),  # a *cutting* board
+    (RIDING, INSIDE + DEGREE, NOUNISH, PARTICIPLE),  # a *smiling* man
+    # and *smiling* people; a glass of *running* water, but a game of *throwing* red balls
+    (RIDING, BETWEEN + VERB + ING, NOUNISH, PARTICIPLE, lambda near: near.word in ING_STATE),
+    (RIDING, PREPS, ADJ + RIDING + VERB, ING),
+    (RIDING, PREPS, NOUNISH, PARTICIPLE, lambda near: near.before in ("of", "with")),
+    (RIDING, ARTICLES, ANY, NOUN),  # the *landing*
+    (RIDING, ANY, ANY, ING),  # a man *riding*
+    (PARKED, INSIDE + BETWEEN + DEGREE + VERB + ING + NOUN, NEXT, PARTICIPLE),  # *parked* cars
+    (PARKED, ARTICLES, ANY, NOUN),  # a *set* of
+    (PARKED, ANY, ANY, PAST),  # cars *parked* on
+    (VERB, ANY, OPENERS, VERB),  # the old *hold* their canes
+    (VERB, INSIDE, ANY, NOUN),  # a *stare* at
+    (RIDES, START + POSS + ADJ, OPENERS, VERB),  # the young *rides* a horse
+    (RIDES, INSIDE + PREPS + START + COMPOUND, ANY, PLURAL),  # two *rides*
+    (TO, ANY, VERB + BE, INF),  # *to* eat
+    (TO, ANY, RIDE, INF, lambda near: near.before != "next"),  # *to* ride
+    (TO, ANY, NOUN, INF, lambda near: near.right2 == DET),  # *to* pedal a bike
+    (TO, ANY, ANY, LINK),  # next *to* it
+    (BACK, NOUNS, ANY, ADV, lambda near: near.word == "side" and near.after == "by"),
+    (BACK, ANY, ANY, NOUN, lambda near: near.word == "side"),  # the *side* of
+    (BACK, ANY, NOUNS, ADJ, lambda near: near.after in MOVERS),  # the *back* man
+    (BACK, ARTICLES + ADJ + GENITIVE + OWNER + PREPS, ANY, NOUN),  # the *back* of
+    (BACK, ANY, NOUNISH, NOUN),  # *back* wheels
+    (NEARBY, ARTICLES + ADJ, ANY, ADJ),  # a *nearby* house
+    (RIGHT, ANY, NOUNISH + BACK, ADJ),  # the *right* hand
+    (RIGHT, ARTICLES + ADJ + PREPS, ANY, NOUN),  # his *right*
+    (UP, ANY, STARTS + OPENERS + PRON + THAT + BACK, PREP),  # *up* a hill
+    (NEARBY + RIGHT + UP + BACK, ANY, ANY, ADV),  # looking *up*
+    (HER, ANY, NOUNISH + RIGHT + BACK, POSS),  # *her* hat
+    (ONE, ANY, THINGS + ADJ, NUM),  # *one* dog
+    (HER + ONE, ANY, ANY, PRON),  # behind *her*
+    (THAT, NOUNS + PRON + ADJ, ANY, REL),  # a dog *that* runs
+    (THAT, ANY, THINGS + ADJ, DET),  # *that* dog
+    (THAT, ANY, ANY, SUB),  # it seems *that*
+    (CAN, NOUNS + PRON, VERB + RIDE + BE + ADV, AUX),  # a dog *can* swim
+    (RIDE + PAINTING + ORANGE + CAN, ANY, ANY, NOUN),  # a *can* of
+    (RIDES + HAS, ANY, ANY, VERB),  # a man *has*
+    (APOSTROPHE_S, NOUNS + PRON, RIDING, BE),  # a dog *'s* running
+    (APOSTROPHE_S, NOUNS + PRON, NOUNISH + RIGHT + BACK, GENITIVE),  # a dog *'s* head
+    (APOSTROPHE_S, ANY, ANY, BE),  # it *'s* red
+)
+RULES_OF = {}
+for classes, *rule in RULES:
+    for word_class in classes:
+        RULES_OF.setdefault(word_class, []).append(rule)
+
+
+def decide(words, classes):
+    """The tags of lower-cased words, from their classes, left to right; lists. Linear."""
+    words = ["", "", *words, "", ""]
+    tags = [START, START, *classes, MARK, MARK]
+    for i in range(2, len(words) - 2):
+        if words[i + 1] in ("next", "close") and words[i + 2] == "to":
+            tags[i + 1] = ADV
+        near = Near(i, words, tags, *words[i - 1 : i + 2], *tags[i - 2 : i], *tags[i + 1 : i + 3])
+        if f"{near.word}-{near.after}" in FIXED:
+            tags[i] = NOUN
+            continue
+        for left, right, tag, *tests in RULES_OF.get(tags[i], ()):
+            if near.left in left and near.right in right and all(test(near) for test in tests):
+                tags[i] = tag
+                break
+    return tags[2:-2]
+
+
+# A base noun phrase over the tags; k is a conjunction or a comma between adjectives of one noun.
+# "red and white cups" is JkJS, "a dog 's head" DNMN. Repetition is bounded: time is linear.
 JOINED = re.compile(r"(?<=[JZ])(?:[,K]|,K)(?=Q?[JZ][JZ,KQ]{0,6}[JZNSU]{0,4}[NS])")
-NOUN_PHRASE = re.compile(r"D{0,3}P?(?:[JZ#kUMY]|Q(?=[QJZ#NSU])|N(?=[NSZUM])|R(?=M)|S(?=[NSM])){0,40}[NS]|R")
-INNER = {"D": "det", "P": "nmod:poss", "R": "nmod:poss", "Y": "nmod:poss", "J": "amod", "Z": "amod", "N": "compound", "S": "compound",
-         "U": "compound", "Q": "advmod", "#": "nummod"}           # relations within a noun phrase
-WAITS = {"A": "advmod", "Q": "advmod", "I": "case", "O": "case", "T": "mark", "L": "mark", "B": "aux", "H": "aux",
-         "K": "cc", "k": "cc", ",": "punct", ".": "punct", "X": "expl", "M": "case"}   # of words that wait for a head
-
-def attach(words, tags):
-    """Close each base noun phrase over its modifiers, then `join` them; words: lower-cased; tags: capitals. Linear.
-
-    Returns heads (indices, -1: the one root), Universal Dependencies relations, {first token: head} of noun phrases.
-    """
-    head, label, ends = [-2] * len(words), [""] * len(words), {}
-    code = JOINED.sub(lambda m: "k" * len(m.group()), "".join(tags))
-    for m in NOUN_PHRASE.finditer(code):
-        start, last, chain, first = m.start(), m.end() - 1, [], -1
-        ends[start] = owner = adjective = last
-        for j in range(last - 1, start - 1, -1):
-            c = code[j]
-            if c == "M":                                          # 's; what stands before it belongs to the owner
-                head[j], label[j] = j - 1, "case"
-                head[j - 1], label[j - 1] = owner, "nmod:poss"
-                owner = j - 1
-            elif c == "k":                                        # red, white and blue: white and blue hang on red
-                head[j], label[j] = adjective, "punct" if words[j] == "," else "cc"
-                if words[j] == "," and code[j + 1] != "k" and adjective != first:
-                    continue                                      # a large, brown dog: both hang on dog
-                chain, first = chain * (adjective == first) + [adjective], j - 1
-                for t in chain:
-                    head[t], label[t] = first, "conj"
-            elif not label[j]:                                    # very tall; a snow covered slope; a three story house
-                inner = c == "Q" or c == "N" and code[j + 1] == "Z" or c == "#" and code[j + 1:last + 1] == "NN" and words[j] != "one"
-                head[j], label[j] = j + 1 if inner else owner, INNER[c]
-            adjective = j if c in "JZ" else adjective
-    join(words, code, ends, head, label)
-    return head, label, ends
-
-def join(words, code, ends, head, label):
-    """The second half of `attach`: hangs noun phrases, predicates and function words together in one pass.
-
-    A word is attached to one on its left, or its head stays -2 until one on its right, or at last the root, takes it.
-    """
-    root = pred = verb = noun = subject = rel = cc = mark = aux = x = -1     # the latest of each; -1: none
-    cases, waits, link, place = [], [], (-1, -1), ""              # adpositions for a noun; other words for a predicate
-    while x + 1 < len(words):
-        x, start = x + 1, x + 1
-        k, be, h, relation = code[x], aux >= 0 and code[aux] == "B", -2, ""
-        if x in ends or k in "DPR#NSU" or k == "W" and noun < 0 or k in "JZ" and cases and aux < 0:
-            x, k = ends.get(x, x), "n"                            # a noun phrase, or a word used as one ("in red")
-        particle = k == "A" and verb >= 0 and PARTICLE.match(f"{words[verb]} {words[x]}")
-        if k == "A" and code[x + 1:x + 2] == "O" and not particle or k == "B" and code[x - 1:x] == "X":
-            k = k.lower()                                         # next to, there is: predicates
-        if k in WAITS:
-            label[x] = WAITS[k]
-            if particle:
-                head[x], label[x] = verb, "compound:prt"
-            elif k in "AQ" and verb > noun:
-                head[x] = verb
-            elif k not in "Kk,.M":
-                (cases if k in "IO" else waits).append(x)
-            cc = x if k in "Kk," else cc
-            aux = x if k in "HB" else aux
-            mark = x if k in "TL" and mark < 0 else mark
-            continue
-        if k == "W":                                              # who: hangs on its noun until a verb comes
-            person = words[x] == "who" and words[noun] not in MOVERS and head[noun] >= 0 and words[head[noun]] in MOVERS
-            rel, h, relation = x if subject < 0 else rel, head[noun] if person else noun, "nsubj"
-        elif k == "n" and not be:                                 # ---- a noun phrase that is no predicate
-            if cases:
-                place = words[cases[0]]
-                near = noun > verb and (verb < 0 or noun == subject or place == "of" or words[x] in ("it", "them", "him")
-                                        or place == "with" and words[x] not in TOOLS)
-                h, relation = (noun, "nmod") if near else (verb, "obl")
-                if near and place != "of" and label[noun] == "nmod" and words[head[noun]] in QUANTITY:
-                    h = head[noun]                                # a slice of pizza | on a plate
-            elif cc >= 0 and words[cc] == "," and root < 0 <= verb:          # while he rides, a dog | runs
-                root, head[cc] = x, verb
-            elif cc >= 0 and noun >= 0:
-                h, relation, head[cc], link = head[noun] if label[noun] == "conj" else noun, "conj", x, (x, cc)
-            elif subject < 0 and (rel >= 0 or mark >= 0):
-                subject = x                                       # waits for its verb: "as an airplane flies by"
-            elif verb > noun:
-                h, relation = verb, "nsubj" if code[verb] == "B" else "obj"
-            elif root < 0:
-                root = x
-            elif start == noun + 1 and label[noun] == "obj" and GIVES.match(words[verb]):
-                h, relation, label[noun] = verb, "obj", "iobj"
-            elif start == noun + 1 and code[start] in "DP":       # the toy the baby | holds
-                h, relation, rel, subject = noun, "parataxis", x, x
-            else:
-                h, relation = root, "parataxis"
-            for t in cases:
-                head[t] = x
-            noun, cases, cc = x, [], -1
-        else:                                                     # ---- a predicate
-            nsubj, finite = "nsubj:pass" if k == "E" and aux >= 0 else "nsubj", k in "Vb" or aux >= 0
-            for t in cases + waits:
-                head[t] = x
-                label[t] = "mark" if t in cases and k in "VG" and aux < 0 else label[t]    # for cutting
-            if be and k not in "VG":
-                label[aux] = "aux:pass" if k == "E" else "cop"
-            if rel >= 0 and code[rel] != "W" and not finite:
-                rel, subject = -1, -1
-            if rel >= 0:                                          # a man who rides; a horse that a man rides
-                h, relation, head[rel], label[rel] = head[rel], "acl:relcl", x, nsubj if subject < 0 else "obj"
-            elif mark >= 0:                                       # while grazing; ready to go; a man to watch
-                h, relation = root, "advcl"
-                if code[mark] == "T" and subject < 0:
-                    owns = verb < 0 or noun > verb and (words[verb] in ("has", "have", "having") or code[verb] == "B")
-                    h, relation = (noun, "acl") if owns else (verb, "xcomp" if verb > noun and XCOMP.match(words[verb]) else "advcl")
-                elif words[mark] == "that" and mark == verb + 1:
-                    h, relation = verb, "ccomp"
-            elif cc >= 0 and verb >= 0:                           # sits and watches
-                h, relation, head[cc] = head[verb] if label[verb] == "conj" else verb, "conj", x
-            elif finite and pred < 0:                             # a man | sits
-                subject, root, pred = root, x, x
-            elif finite:                                          # a man sits and a dog | stands
-                h, relation = pred, "parataxis"
-                subject = noun if noun > verb and label[noun] in ("conj", "parataxis") else subject
-                if noun == link[0]:
-                    relation, head[link[1]] = "conj", x
-            elif root < 0:
-                root = x
-            elif noun > verb:                                     # a man in a hat | riding; holding a bat | standing
-                own = k != "G" or words[noun] in MOVERS or label[noun] == "nsubj" or verb < 0 and (
-                    place == "with" or words[root] not in MOVERS)
-                h = noun if own else max(verb, root)
-                relation = {"J": "amod", "a": "advmod"}.get(k, "advcl" if h == verb else "acl")
-            else:
-                h, relation = max(verb, root), "advmod" if k == "a" else "xcomp" if k != "G" or XCOMP.match(words[verb]) else "advcl"
-            if subject >= 0:
-                head[subject], label[subject] = x, nsubj
-            noun, verb = (x, verb) if k == "n" else (noun, x)
-            cases, waits, aux, rel, cc, mark, subject = [], [], -1, -1, -1, -1, -1
-        head[x], label[x] = -2 if h < 0 else h, relation
-    if root < 0:                                                  # no clause, no bare noun phrase: the first waiting
-        root = next((t for t, h in enumerate(head) if h == -2 and code[t] not in WAITS), 0)
-    for t, h in enumerate(head):
-        if h == -2:
-            comma = code[t:t + 2] == ",K" and head[t + 1] >= 0     # ", and": both hang on what follows
-            head[t], label[t] = head[t + 1] if comma else root, label[t] or "dep"
-    head[root], label[root] = -1, "root"
+NOUN_PHRASE = re.compile(
+    r"D{0,3}P?(?:[JZCkUMY]|Q(?=[QJZCNSU])|N(?=[NSZUM])|R(?=M)|S(?=[NSM])){0,40}[NS]|R"
+)
 
 
-# ------------------------------------------------------------------------------------- phrases, subjects, composites
-def read_phrases(caption, spans, words, tags, label, ends):
-    """The `Phrase`s of a tree: its base noun phrases (`ends`, see `attach`) that name something one can point at.
+def noun_phrases(tags):
+    """[(first, last), …] of the base noun phrases and pronouns; last is the head."""
+    code = JOINED.sub(lambda joint: "k" * len(joint.group()), "".join(tags))
+    return [(match.start(), match.end() - 1) for match in NOUN_PHRASE.finditer(code)]
 
-    The subject is the noun with its compounds; "of" after a word of QUANTITY joins two noun phrases into one phrase.
-    """
-    phrases, begin, words = [], -1, words + ["", ""]              # words[-1] stands before the first
-    for start, h in ends.items():
-        w, before, after, s = words[h], words[start - 1], words[h + 1], h
-        while s > start and label[s - 1] == "compound":
-            s -= 1
-        first, begin = begin if begin >= 0 and before == "of" else start, -1
-        if after == "of" and (w in QUANTITY or w == "body" and "water" in words[h + 2:h + 5]):
-            begin = first
-            continue
-        picture = w in PICTURES and (before in TAKING or after not in ("on", "hanging", "hung", "above"))
-        owned, quoted = {"P", "M", "Y"} & set(tags[start:h]), before in ("says", "saying") and tags[start] != "D"
-        manner = h == start and tags[start - 1] == "B" and after in ("skating", "boarding", "surfing", "skiing", "sailing")
-        if (tags[h] == "R" or picture or quoted or manner or w in NOT_THINGS or w == "corner" and after == "of" or w in ACTS and before in TAKING
-                or w in LOCATIONS and s == h and not owned
-                or h == start and (w in BALL_SPORTS or w in BARE and LEXICON.get(before) in ("I", "O"))
-                or before == "in" and w in ("row", "line", "circle", "group", "pile")):
-            continue
-        a, b, s = spans[first + (words[first] == "whose")][0], spans[h][1], spans[s][0]
-        phrases.append(Phrase(caption[a:b], (a, b), caption[s:b], (s, b)))
+
+def is_thing(words, tags, first, last, subject):
+    """Whether one can point at what the noun phrase words[first : last + 1] names."""
+    word, before, after = words[last], words[first - 1], words[last + 1]
+    taken = before in TAKING
+    if tags[last] == PRON or word in NOT_THINGS or word in ACTS and taken:
+        return False
+    if word in PICTURES and (taken or after not in ("on", "hanging", "hung", "above")):
+        return False
+    if before in ("says", "saying") and tags[first] != DET:
+        return False  # a sign saying stop
+    if word == "corner" and after == "of" or word in ARRAYS and before == "in":
+        return False  # at the corner of, in a row
+    if word in LOCATIONS and subject == last:
+        return not {POSS, GENITIVE, OWNER}.isdisjoint(tags[first:last])
+    if first < last:
+        return True
+    sport = tags[first - 1] == BE and after in SPORTS
+    bare = word in BARE and LEXICON.get(before) in (PREP, LINK)
+    return not (sport or bare or word in BALL_SPORTS)
+
+
+def read_phrases(caption, spans, words, tags):
+    """The `Phrase`s of a caption; "of" after a word of QUANTITY makes two noun phrases one."""
+    words = words + ["", ""]  # words[-1] stands before the first
+    phrases, quantity = [], None
+    for first, last in noun_phrases(tags):
+        subject = last
+        while subject > first and tags[subject - 1] in COMPOUNDS:
+            subject -= 1
+        start = first if quantity is None or words[first - 1] != "of" else quantity
+        quantity = None
+        if words[last + 1] == "of" and (words[last] in QUANTITY or words[last] == "body"):
+            quantity = start
+        elif is_thing(words, tags, first, last, subject):
+            begin, end = spans[start + (words[start] == "whose")][0], spans[last][1]
+            subject = spans[subject][0]
+            phrases.append(
+                Phrase(caption[begin:end], (begin, end), caption[subject:end], (subject, end))
+            )
     return phrases
 
+
 def parse(caption):
-    """The `Parse` of a caption, whatever string it is; "" has no tokens and no phrases. Linear in its length."""
+    """The `Parse` of a caption, whatever string it is. Linear in its length."""
     spans = tokenize(caption)
-    if not spans:
-        return Parse(caption, [], [])
-    texts = [caption[a:b] for a, b in spans]
+    texts = [caption[start:end] for start, end in spans]
     words = [text.lower() for text in texts]
-    tags = disambiguate(words, [tag_word(word) for word in words])
-    head, label, ends = attach(words, tags)
-    tokens = list(map(Token, texts, *zip(*spans), [UPOS[t] for t in tags], head, label))
-    return Parse(caption, tokens, read_phrases(caption, spans, words, tags, label, ends))
+    tags = decide(words, [classify(word) for word in words])
+    tokens = [Token(text, *span, tag) for text, span, tag in zip(texts, spans, tags)]
+    return Parse(caption, tokens, read_phrases(caption, spans, words, tags))
 
-def caption_texts(parsed):
-    """The caption itself, as the one text of its level."""
-    return [parsed.caption]
-
-def phrase_texts(parsed):
-    """The phrases of a caption, in its order."""
-    return [phrase.text for phrase in parsed.phrases]
-
-def subject_texts(parsed):
-    """Their subjects, as many and in the same order."""
-    return [phrase.subject for phrase in parsed.phrases]
 
 def compose(a, b):
     """The text of the composite of two phrases."""
     return f"{a.text} and {b.text}"
 
+
 def composites(phrases, reach=8):
-    """Pairs of phrases of different text, in caption order; none more than `reach` phrases apart, so linear."""
-    return [(a, b) for i, a in enumerate(phrases) for b in phrases[i + 1:i + 1 + reach]
-            if a.text.lower() != b.text.lower()]
+    """Pairs of phrases of different text, at most `reach` phrases apart, so that time is linear."""
+    pairs = [(a, b) for n, a in enumerate(phrases) for b in phrases[n + 1 : n + 1 + reach]]
+    return [(a, b) for a, b in pairs if a.text.lower() != b.text.lower()]
+
+
+# The texts of a `Parse` at three levels; phrase and subject of one place belong together.
+def caption_texts(parsed):
+    """[the caption]."""
+    return [parsed.caption]
+
+
+def phrase_texts(parsed):
+    """The phrases, in the order of the caption."""
+    return [phrase.text for phrase in parsed.phrases]
+
+
+def subject_texts(parsed):
+    """The subjects of the phrases."""
+    return [phrase.subject for phrase in parsed.phrases]
+
+
+# ==== (b) The tree: it is built only when asked for, and changes no phrase and no subject =======
+
+# Universal Dependencies: parts of speech with their tags; relations inside a noun phrase, where
+# nouns are "compound"; relations of words that wait for a head to their right.
+EXPLETIVE = "X"  # *there* is a dog: a tag that only a tree asks for
+UPOS = {
+    "ADJ": ADJ,
+    "ADP": PREPS,
+    "ADV": ADV + DEGREE,
+    "AUX": BE + AUX,
+    "CCONJ": CONJ,
+    "DET": DET,
+    "NOUN": COMPOUNDS + OWNER,
+    "NUM": NUM,
+    "PART": INF + GENITIVE,
+    "PRON": POSS + PRON + REL + EXPLETIVE,
+    "PUNCT": COMMA + MARK,
+    "SCONJ": SUB,
+    "VERB": VERB + ING + PAST + PARTICIPLE,
+}
+INNER = {DET: "det", POSS: "nmod:poss", OWNER: "nmod:poss", ADJ: "amod", PARTICIPLE: "amod"}
+INNER |= {DEGREE: "advmod", NUM: "nummod"}
+WAITS = {ADV: "advmod", DEGREE: "advmod", PREP: "case", LINK: "case", GENITIVE: "case", CONJ: "cc"}
+WAITS |= {INF: "mark", SUB: "mark", BE: "aux", AUX: "aux", EXPLETIVE: "expl"}
+WAITS |= {COMMA: "punct", MARK: "punct"}
+HAVE = ("has", "have", "having")
+NOMINAL, PLACE, EXISTS = "n", "a", "b"  # a noun phrase; next *to*; there *is*
+NONE, WAITING = -1, -2  # no word; the head of a word that has none yet
+# "picks up a box": up belongs to picks; "tries to", "starts": what follows completes it; "gives a
+# boy a ball"; "cuts it with a knife": the knife belongs to cuts.
+PARTICLE = re.compile(
+    r"(?:pick|tak|took|wak|wok|hold|held|lift|put|cut|set|stick|stuck|blow|throw|fill|get|roll|fold"
+    r"|turn|pull|try)[a-z]* (?:up|off|out|down|away)$"
+)
+COMPLETED = re.compile(
+    "tr[yi]|want|beg[iau]|start|gett?|got|ready|about|prepar|attempt|learn|lik|lov|seem|appear|need"
+    "|continu|keep|able|wait|enjoy"
+)
+GIVES = re.compile("giv|gave|show|feed|fed|hand|offer|serv|toss|throw")
+TOOLS = (
+    "knife fork spoon racket racquet bat hand hands brush scissors chopsticks stick hose".split()
+)
+
+# A token in its tree: tag is its universal part of speech, head the index of its head (-1: it is
+# the root), label its relation to the head.
+Node = namedtuple("Node", "text start end tag head label")
+
+
+def refine(words, tags):
+    """The tags, with distinctions that only a tree asks for."""
+    tags = [*tags, MARK]
+    for i, (word, after) in enumerate(zip(words, [*words[1:], ""])):
+        if word in HAVE and tags[i + 1] in (BE, PAST):
+            tags[i] = AUX  # has been
+        elif word in ("all", "both"):
+            tags[i] = DET
+        elif word == "there" and tags[i + 1] in (VERB, BE, AUX):
+            tags[i] = EXPLETIVE
+        elif word == "about" and after == "to":
+            tags[i] = ADJ
+        elif word in ("after", "before") and after in ("he", "she", "they", "we"):
+            tags[i] = SUB
+        elif tags[i] == PREP and tags[i - 1] in VERB + ING + PAST:
+            tags[i] = ADV if PARTICLE.match(f"{words[i - 1]} {word}") else PREP
+    return tags[:-1]
+
+
+class Grower:
+    """Hangs the words of a caption together in one pass, left to right.
+
+    A word is hung on one to its left, or waits until one to its right, or at last the root,
+    takes it. The attributes are indices of words: the latest of each kind.
+    """
+
+    def __init__(self, words, tags):
+        self.words, self.tags, self.ends = words, tags, dict(noun_phrases(tags))
+        self.heads, self.labels = [WAITING] * len(words), [""] * len(words)
+        self.root = self.noun = self.verb = self.first_verb = NONE
+        self.joined = self.joint = NONE  # a noun phrase joined to another, and its conjunction
+        self.place = ""  # the latest preposition
+        self.cases = []  # prepositions that wait for a noun phrase
+        self.open_clause()
+
+    def open_clause(self):
+        """What waits for a predicate: nothing yet."""
+        self.subject = self.relative = self.conjunction = self.mark = self.auxiliary = NONE
+        self.waiting = []
+
+    def hang(self, word, head, label):
+        self.heads[word], self.labels[word] = head, label
+
+    def hang_modifiers(self, first, last):
+        """Words of a noun phrase hang on its head, or on a noun or an adjective inside it."""
+        owner = adjective = last
+        joined, chain = [], NONE  # adjectives that hang on the first of their chain
+        for i in range(last - 1, first - 1, -1):
+            tag, after = self.tags[i], self.tags[i + 1]
+            if tag == GENITIVE:
+                self.hang(i, i - 1, "case")
+                self.hang(i - 1, owner, "nmod:poss")
+                owner = i - 1
+            elif tag in JOINTS:
+                self.hang(i, adjective, WAITS[tag])
+                if tag == CONJ or after == CONJ or adjective == chain:
+                    joined = [*joined, adjective] if adjective == chain else [adjective]
+                    chain = i - 1  # red, white and blue; but a large, brown dog
+                    for member in joined:
+                        self.hang(member, chain, "conj")
+            elif not self.labels[i]:
+                story = tag == NUM and "".join(self.tags[i + 1 : last + 1]) == NOUN * 2
+                near = tag == DEGREE or tag == NOUN and after == PARTICIPLE
+                near = near or story and self.words[i] != "one"  # a three story house
+                self.hang(i, i + 1 if near else owner, INNER.get(tag, "compound"))
+            if tag in (ADJ, PARTICIPLE):
+                adjective = i
+
+    def grow(self):
+        """Fills heads and labels."""
+        for first, last in self.ends.items():
+            self.hang_modifiers(first, last)
+        index = -1
+        while index + 1 < len(self.words):
+            start = index + 1
+            index, kind = self.kind(start)
+            copula = self.auxiliary >= 0 and self.tags[self.auxiliary] == BE
+            if kind in WAITS:
+                self.wait(index, kind)
+                continue
+            if kind == REL:
+                head, label = self.hang_relative(index)
+            elif kind == NOMINAL and not copula:
+                head, label = self.hang_noun(index, start)
+            else:
+                head, label = self.hang_predicate(index, kind, copula)
+            self.hang(index, head if head >= 0 else WAITING, label)
+        self.finish()
+
+    def kind(self, index):
+        """The head of the noun phrase that begins at index and NOMINAL, or index and its kind."""
+        tag, before = self.tags[index], self.tags[index - 1 : index]
+        in_red = tag in ADJ + PARTICIPLE and self.cases and self.auxiliary < 0
+        if index in self.ends or in_red or tag in DET + POSS + NUM + COMPOUND:
+            return self.ends.get(index, index), NOMINAL
+        if tag == ADV and self.tags[index + 1 : index + 2] == [LINK] and not self.particle(index):
+            return index, PLACE
+        return index, EXISTS if tag == BE and before == [EXPLETIVE] else tag
+
+    def particle(self, index):
+        return self.verb >= 0 and PARTICLE.match(f"{self.words[self.verb]} {self.words[index]}")
+
+    def wait(self, index, tag):
+        """A function word waits for what it belongs to, or hangs on the verb before it."""
+        self.labels[index] = WAITS[tag]
+        if tag == ADV and self.particle(index):
+            self.hang(index, self.verb, "compound:prt")
+        elif tag in (ADV, DEGREE) and self.verb > self.noun:
+            self.heads[index] = self.verb
+        elif tag in PREPS:
+            self.cases.append(index)
+        elif tag in JOINTS:
+            self.conjunction = index
+        elif tag not in MARK + GENITIVE:
+            self.waiting.append(index)
+        if tag in (AUX, BE):
+            self.auxiliary = index
+        if tag in (INF, SUB) and self.mark < 0:
+            self.mark = index
+
+    def hang_relative(self, index):
+        """Who hangs on its noun until a verb comes: a man in a hat who; a man who."""
+        head, noun = self.heads[self.noun], self.noun
+        if self.subject < 0:
+            self.relative = index
+        if self.words[index] == "who" and self.words[noun] not in MOVERS and head >= 0:
+            noun = head if self.words[head] in MOVERS else noun
+        return noun, "nsubj"
+
+    def hang_noun(self, index, start):
+        """Head and label of a noun phrase that is no predicate; start is its first word."""
+        noun, verb = self.noun, self.verb
+        for case in self.cases:
+            self.heads[case] = index
+        head, label = WAITING, ""
+        if self.cases:
+            head, label = self.hang_place(index)
+        elif self.conjunction >= 0 and self.root < 0 <= verb:  # while he rides, a dog | runs
+            self.heads[self.conjunction], self.root = verb, index
+        elif self.conjunction >= 0 and noun >= 0:  # a cat and a dog
+            head, label = self.first_of(noun), "conj"
+            self.heads[self.conjunction] = index
+            self.joined, self.joint = index, self.conjunction
+        elif self.subject < 0 and (self.relative >= 0 or self.mark >= 0):
+            self.subject = index  # waits for its verb: as an airplane | flies
+        elif verb > noun:
+            head, label = verb, "nsubj" if self.tags[verb] == BE else "obj"
+        elif self.root < 0:
+            self.root = index
+        elif self.labels[noun] == "obj" and GIVES.match(self.words[verb]):
+            head, label, self.labels[noun] = verb, "obj", "iobj"  # gives a boy a ball
+        else:
+            head, label = self.root, "parataxis"
+            if start == noun + 1 and self.tags[start] in DET + POSS:  # the toy the baby | holds
+                head, self.relative, self.subject = noun, index, index
+        self.noun, self.cases, self.conjunction = index, [], NONE
+        return head, label
+
+    def first_of(self, word):
+        """What a word is joined to, if it is: the head of the next one that is joined."""
+        return self.heads[word] if self.labels[word] == "conj" else word
+
+    def hang_place(self, index):
+        """A noun phrase after a preposition hangs on the noun or on the verb before it."""
+        noun, word = self.noun, self.words[index]
+        self.place = self.words[self.cases[0]]
+        near = self.verb < 0 or noun == self.subject or self.place == "of"
+        near = near or word in ("it", "them", "him") or self.place == "with" and word not in TOOLS
+        if noun <= self.verb or not near:
+            return self.verb, "obl"
+        head = self.heads[noun]
+        if self.place != "of" and self.labels[noun] == "nmod" and self.words[head] in QUANTITY:
+            return head, "nmod"  # a slice of pizza | on a plate
+        return noun, "nmod"
+
+    def hang_predicate(self, index, kind, copula):
+        """Head and label of a verb, a participle or another predicate; it takes what waits."""
+        free = self.auxiliary < 0
+        finite = not free or kind in (VERB, EXISTS)
+        for word in self.cases + self.waiting:
+            self.heads[word] = index
+            if word in self.cases and free and kind in VERB + ING:
+                self.labels[word] = "mark"  # for cutting
+        if copula and kind not in VERB + ING:
+            self.labels[self.auxiliary] = "aux:pass" if kind == PAST else "cop"
+        if self.relative >= 0 and self.tags[self.relative] != REL and not finite:
+            self.relative = self.subject = NONE
+        nsubj = "nsubj:pass" if kind == PAST and not free else "nsubj"
+        if self.relative >= 0:  # a man who rides; a horse that a man rides
+            head, label = self.heads[self.relative], "acl:relcl"
+            self.hang(self.relative, index, nsubj if self.subject < 0 else "obj")
+        elif self.mark >= 0:
+            head, label = self.hang_marked()
+        elif self.conjunction >= 0 and self.verb >= 0:  # sits and watches
+            head, label = self.first_of(self.verb), "conj"
+            self.heads[self.conjunction] = index
+        elif finite:
+            head, label = self.hang_clause(index)
+        else:
+            head, label = self.hang_participle(index, kind)
+        if self.subject >= 0:
+            self.hang(self.subject, index, nsubj)
+        if kind == NOMINAL:
+            self.noun = index
+        else:
+            self.verb = index
+        self.cases = []
+        self.open_clause()
+        return head, label
+
+    def hang_marked(self):
+        """While grazing; seems that it rains; ready to go; a man to watch."""
+        noun, verb = self.noun, self.verb
+        if self.tags[self.mark] == INF and self.subject < 0:
+            has = verb >= 0 and (self.words[verb] in HAVE or self.tags[verb] == BE)
+            if verb < 0 or noun > verb and has:
+                return noun, "acl"
+            completes = verb > noun and COMPLETED.match(self.words[verb])
+            return verb, "xcomp" if completes else "advcl"
+        if self.words[self.mark] == "that" and self.mark == verb + 1:
+            return verb, "ccomp"
+        return self.root, "advcl"
+
+    def hang_clause(self, index):
+        """A man | sits; a man sits and a dog | stands."""
+        if self.first_verb < 0:
+            self.subject, self.root, self.first_verb = self.root, index, index
+            return WAITING, ""
+        if self.noun > self.verb and self.labels[self.noun] in ("conj", "parataxis"):
+            self.subject = self.noun
+        if self.noun != self.joined:
+            return self.first_verb, "parataxis"
+        self.heads[self.joint] = index
+        return self.first_verb, "conj"
+
+    def hang_participle(self, index, kind):
+        """A man in a hat | riding; holding a bat | standing; a man stands | riding."""
+        noun, verb = self.noun, self.verb
+        if self.root < 0:
+            self.root = index
+            return WAITING, ""
+        before = max(verb, self.root)
+        if noun > verb:
+            moves = self.words[noun] in MOVERS or self.labels[noun] == "nsubj"
+            alone = verb < 0 and (self.place == "with" or self.words[self.root] not in MOVERS)
+            head = noun if kind != ING or moves or alone else before
+            usual = "advcl" if head == verb else "acl"
+            return head, {ADJ: "amod", PLACE: "advmod"}.get(kind, usual)
+        if kind == PLACE:
+            return before, "advmod"
+        completes = kind != ING or COMPLETED.match(self.words[verb])
+        return before, "xcomp" if completes else "advcl"
+
+    def finish(self):
+        """What still waits hangs on the root, which is the first word that can be one."""
+        able = [
+            i for i, tag in enumerate(self.tags) if self.heads[i] == WAITING and tag not in WAITS
+        ]
+        if self.root < 0:
+            self.root = able[0] if able else 0
+        for i, head in enumerate(self.heads):
+            if head == WAITING:
+                comma = self.tags[i : i + 2] == [COMMA, CONJ] and self.heads[i + 1] >= 0
+                head = self.heads[i + 1] if comma else self.root  # ", and": with the conjunction
+                self.hang(i, head, self.labels[i] or "dep")
+        self.hang(self.root, NONE, "root")
+
+
+def tree(parsed):
+    """The `Node`s of a `Parse`, one a token, in order; exactly one is the root. Linear."""
+    words = [token.text.lower() for token in parsed.tokens]
+    tags = refine(words, [token.tag for token in parsed.tokens])
+    grower = Grower(words, tags)
+    if words:
+        grower.grow()
+    upos = {tag: name for name, tags in UPOS.items() for tag in tags}
+    nodes = zip(parsed.tokens, tags, grower.heads, grower.labels)
+    return [Node(*token[:3], upos[tag], head, label) for token, tag, head, label in nodes]
+
 
 def graph(parsed):
-    """The tree as an nltk.parse.DependencyGraph, to draw or convert: nodes 1 … n in caption order, 0 its TOP."""
-    from nltk.parse import DependencyGraph                        # here, for it takes a second to import
-    rows = [f"{t.text}\t{t.tag}\t{t.head + 1}\t{t.label}" for t in parsed.tokens]
+    """The tree as an nltk.parse.DependencyGraph: nodes 1 … n in caption order, 0 its TOP."""
+    from nltk.parse import DependencyGraph  # here, for it takes a second to import
+
+    rows = [f"{n.text}\t{n.tag}\t{n.head + 1}\t{n.label}" for n in tree(parsed)]
     return DependencyGraph("\n".join(rows), cell_separator="\t", top_relation_label="root")
 
+
+# ==== (c) The command line: text, files and scores ==============================================
+
+
 def to_json(parsed):
-    """The hierarchy as dictionaries and lists: caption, phrases with spans and subjects, texts of the composites."""
-    return {"caption": parsed.caption, "phrases": [p._asdict() for p in parsed.phrases],
-            "composites": [compose(a, b) for a, b in composites(parsed.phrases)]}
+    """The hierarchy as dictionaries and lists: caption, phrases, texts of the composites."""
+    return {
+        "caption": parsed.caption,
+        "phrases": [phrase._asdict() for phrase in parsed.phrases],
+        "composites": [compose(a, b) for a, b in composites(parsed.phrases)],
+    }
+
 
 def show(parsed):
-    """As text: a line a word (number, word, tag, relation, head), then phrases with their subjects, and composites."""
-    heads = [f"{i} {t.text}" for i, t in enumerate(parsed.tokens, 1)] + ["root"]           # head -1 is the last of these
-    lines = [parsed.caption, *(f"{i:>4} {t.text:<16} {t.tag:<6} {t.label:<11} <- {heads[t.head]}" for i, t in enumerate(parsed.tokens, 1))]
+    """As text: a line a word (number, word, tag, relation, head), then phrases and composites."""
+    nodes = tree(parsed)
+    heads = [f"{i} {node.text}" for i, node in enumerate(nodes, 1)] + ["root"]  # head -1: the last
+    lines = [parsed.caption]
+    for i, node in enumerate(nodes, 1):
+        lines.append(f"{i:>4} {node.text:<16} {node.tag:<6} {node.label:<11} <- {heads[node.head]}")
     lines += [f"  phrase     {p.text}  (subject: {p.subject})" for p in parsed.phrases]
     lines += [f"  composite  {compose(a, b)}" for a, b in composites(parsed.phrases)]
     return "\n".join(lines) + "\n"
 
+
 def draw(parsed):
-    """The tree as a picture in text, a line a word: what stands before its head is drawn above it, the rest below."""
-    hanging, lines = [[] for _ in parsed.tokens] + [[]], [parsed.caption]
-    for i, t in enumerate(parsed.tokens):
-        hanging[t.head].append(i)                                 # the root's head is -1, the last of these
-    stack = [(i, "", "", "") for i in hanging[-1]]                # a word, and the branches above, at and below its line
+    """The tree in text, a line a word: what stands before its head is drawn above it."""
+    nodes, lines = tree(parsed), [parsed.caption]
+    children = [[] for _ in nodes] + [[]]
+    for i, node in enumerate(nodes):
+        children[node.head].append(i)  # the root's head is -1, the last of these
+    # a word (NONE: only its line is left to write) and the branches above, at and below its line
+    stack = [(i, "", "", "") for i in children[-1]]
     while stack:
         i, above, line, below = stack.pop()
-        if i < 0:
+        if i == NONE:
             lines.append(line)
             continue
-        t, left, right = parsed.tokens[i], [c for c in hanging[i] if c < i], [c for c in hanging[i] if c > i]
-        rows = [(c, above + ("│  " if n else "   "), above + ("├─ " if n else "┌─ "), above + "│  ") for n, c in enumerate(left)]
-        rows += [(-1, "", f"{line + t.text:<34} {t.tag:<6}{t.label}", "")]
-        rows += [(c, below + "│  ", below + "├─ ", below + "│  ") for c in right[:-1]]
-        rows += [(c, below + "│  ", below + "└─ ", below + "   ") for c in right[-1:]]
+        left = [child for child in children[i] if child < i]
+        right = [child for child in children[i] if child > i]
+        rows = [(child, above + "│  ", above + "├─ ", above + "│  ") for child in left]
+        if left:
+            rows[0] = (left[0], above + "   ", above + "┌─ ", above + "│  ")
+        rows.append((NONE, "", f"{line + nodes[i].text:<34} {nodes[i].tag:<6}{nodes[i].label}", ""))
+        rows += [(child, below + "│  ", below + "├─ ", below + "│  ") for child in right]
+        if right:
+            rows[-1] = (right[-1], below + "│  ", below + "└─ ", below + "   ")
         stack += reversed(rows)
     return "\n".join(lines) + "\n"
 
-# ------------------------------------------------------------------------------- files, and how good and how fast
+
 def read_captions(path):
-    """The captions of COCO's annotations (.json), of records (.jsonl) or of a text, one a line; "-": standard input."""
+    """Yields the captions of COCO's .json, of .jsonl records or of a text's lines; "-": stdin."""
     with open(0 if path == "-" else path, encoding="utf-8", errors="replace") as file:
         try:
             if str(path).endswith(".json"):
-                yield from (a["caption"] for a in json.load(file)["annotations"])
+                yield from (row["caption"] for row in json.load(file)["annotations"])
             for line in file:
-                row = json.loads(line) if str(path).endswith(".jsonl") else {"caption": line.rstrip("\r\n")}
+                row = {"caption": line.rstrip("\r\n")}
+                if str(path).endswith(".jsonl"):
+                    row = json.loads(line)
                 yield from row["captions"] if "captions" in row else [row["caption"]]
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{path}: .json must be COCO's captions, .jsonl records with a caption or captions ({e!r})")
+        except (ValueError, KeyError, TypeError) as error:
+            kinds = ".json must be COCO's captions, .jsonl records with a caption or captions"
+            raise ValueError(f"{path}: {kinds} ({error!r})") from error
+
+
+def find(text, caption, start=0, taken=()):
+    """Spans of a text in a caption, whatever its spaces and capitals, outside the taken spans."""
+    pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, text.split())) + r"(?!\w)"
+    spans = [match.span() for match in re.compile(pattern, re.I).finditer(caption, start)]
+    for start, end in taken:
+        spans = [(a, b) for a, b in spans if b <= start or end <= a]
+    return spans
+
 
 def locate(caption, answer):
-    """The `Phrase`s that [{"text": …, "subject": …}, …] names, where the caption has them; ValueError if it has not."""
-    found = []
+    """The `Phrase`s that [{"text": …, "subject": …}, …] names, in the order of the caption.
+
+    A row may have the spans that `to_json` writes. ValueError where the caption has no such phrase.
+    """
+    found, last = [], 0
     for row in answer:
-        if not (isinstance(row, dict) and all(isinstance(row.get(k), str) and row[k].strip() for k in ("text", "subject"))):
+        texts = [row.get("text"), row.get("subject")] if isinstance(row, dict) else [None]
+        if not all(isinstance(text, str) and text.strip() for text in texts):
             raise ValueError(f"{row!r} is not a text and its subject")
         (a, b), (s, e) = row.get("span", (0, 0)), row.get("subject_span", (0, 0))
-        if caption[a:b] == row["text"] and caption[s:e] == row["subject"] and (found[-1].span[1] if found else 0) <= a <= s < e <= b:
-            found.append(Phrase(row["text"], (a, b), row["subject"], (s, e)))              # as to_json wrote it
-            continue
-        text, subject = (r"(?<!\w)" + r"\s+".join(map(re.escape, row[k].split())) + r"(?!\w)" for k in ("text", "subject"))
-        free = (m for m in re.finditer(text, caption, re.I) if all(m.end() <= p.span[0] or p.span[1] <= m.start() for p in found))
-        m = next(free, None)
-        inner = [n.span() for n in re.finditer(subject, m.group(), re.I)] if m else []
-        if not inner:
-            raise ValueError(f"{row['text']!r} with the subject {row['subject']!r} is not in {caption!r}")
-        s, e = inner[-1]
-        found.append(Phrase(m.group(), m.span(), m.group()[s:e], (m.start() + s, m.start() + e)))
-    return sorted(found, key=lambda p: p.span)
+        written = caption[a:b] == row["text"] and caption[s:e] == row["subject"]
+        if not (written and last <= a <= s < e <= b):
+            a, b = next(iter(find(row["text"], caption, 0, [p.span for p in found])), (0, 0))
+            subjects = find(row["subject"], caption[:b], a)
+            if not subjects:
+                raise ValueError(f"{row['text']!r}, {row['subject']!r} are not in {caption!r}")
+            s, e = subjects[-1]
+        found.append(Phrase(caption[a:b], (a, b), caption[s:e], (s, e)))
+        last = b
+    return sorted(found, key=lambda phrase: phrase.span)
+
 
 def read_parses(path):
-    """{caption: [`Phrase`, …]} of a file of parses, a JSON object a line as --json writes it; ValueError names a bad line."""
+    """{caption: [`Phrase`, …]} of a file as --json writes it; ValueError names a bad line."""
     parses = {}
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
                 parses[row["caption"]] = locate(row["caption"], row["phrases"])
-            except (ValueError, KeyError, TypeError) as e:
-                raise ValueError(f'{path}:{number}: a line is {{"caption": …, "phrases": [{{"text": …, "subject": …}}, …]}} ({e})')
+            except (ValueError, KeyError, TypeError) as error:
+                wanted = '{"caption": …, "phrases": [{"text": …, "subject": …}, …]}'
+                raise ValueError(f"{path}:{number}: a line is {wanted} ({error})") from error
     return parses
 
+
+def plain(phrase):
+    """A phrase as a score compares it: small letters, no first article, single spaces."""
+    text = re.sub(r"^(an?|the) ", "", " ".join(phrase.text.lower().split()))
+    return phrase._replace(text=text, subject=phrase.subject.lower())
+
+
 def score(gold, parses):
-    """Text: precision, recall and F1 of parses against gold, both {caption: [`Phrase`, …]}, then each caption's errors.
+    """Text: precision, recall and F1 of parses, of multisets, then each caption's errors.
 
-    Small letters, no first article, multisets; a caption is right when its subjects are the gold's, in order.
+    Both are {caption: [`Phrase`, …]}. A caption is right when all its subjects are, in order.
     """
-    text, subject = lambda p: re.sub(r"^(an?|the) ", "", " ".join(p.text.lower().split())), lambda p: p.subject.lower()
-    both = [(c, gold[c], parses.get(c, [])) for c in gold]
-    right = sum(list(map(subject, g)) == list(map(subject, p)) for _, g, p in both)
+    pairs, right = [], 0  # of each caption the gold's phrases and the parse's
+    for caption, phrases in gold.items():
+        theirs, mine = [*map(plain, phrases)], [*map(plain, parses.get(caption, []))]
+        right += [phrase.subject for phrase in theirs] == [phrase.subject for phrase in mine]
+        pairs.append((theirs, mine))
+    wanted = max(1, sum(len(theirs) for theirs, _ in pairs))
+    found = max(1, sum(len(mine) for _, mine in pairs))
     lines = [f"{'':10}{'precision':>10}{'recall':>10}{'F1':>10}"]
-    for name, view in ("phrases", text), ("subjects", subject), ("heads", lambda p: subject(p).split()[-1]):
-        hit = sum((Counter(map(view, g)) & Counter(map(view, p))).total() for _, g, p in both)
-        found, wanted = sum(len(p) for _, _, p in both), sum(len(g) for _, g, _ in both)
-        lines.append(f"{name:10}{hit / max(1, found):10.4f}{hit / max(1, wanted):10.4f}{2 * hit / max(1, found + wanted):10.4f}")
-    lines.append(f"captions right: {right} of {len(gold)}, {right / max(1, len(gold)):.4f}; without a parse: {len(gold.keys() - parses.keys())}")
-    for c, *sides in both:
-        g, p = (Counter(f"{text(x)}  (subject: {subject(x)})" for x in phrases) for phrases in sides)
-        lines += [f"\n{c}"] * (g != p) + [f"  missed {x}" for x in (g - p).elements()] + [f"  wrong  {x}" for x in (p - g).elements()]
+    for name, view in (
+        ("phrases", lambda phrase: phrase.text),
+        ("subjects", lambda phrase: phrase.subject),
+        ("heads", lambda phrase: phrase.subject.split()[-1]),
+    ):
+        both = [Counter(map(view, theirs)) & Counter(map(view, mine)) for theirs, mine in pairs]
+        hits = sum(shared.total() for shared in both)
+        f1 = 2 * hits / (found + wanted)
+        lines.append(f"{name:10}{hits / found:10.4f}{hits / wanted:10.4f}{f1:10.4f}")
+    share, missing = right / max(1, len(gold)), len(gold.keys() - parses.keys())
+    lines.append(f"captions right: {right} of {len(gold)}, {share:.4f}; without a parse: {missing}")
+    for caption, (theirs, mine) in zip(gold, pairs):
+        wanted = Counter(f"{phrase.text}  (subject: {phrase.subject})" for phrase in theirs)
+        found = Counter(f"{phrase.text}  (subject: {phrase.subject})" for phrase in mine)
+        lines += [f"\n{caption}"] if wanted != found else []
+        lines += [f"  missed {phrase}" for phrase in (wanted - found).elements()]
+        lines += [f"  wrong  {phrase}" for phrase in (found - wanted).elements()]
     return "\n".join(lines)
 
-def bench(captions):
-    """Text: captions a second on one core of `parse`, and of NLTK's RegexpParser on the first 2,000 of the same captions.
 
-    That recipe's usual tagger is a trained one that must be downloaded; here NLTK looks tags up in the lexicon, which is faster.
-    """
-    from nltk import RegexpParser, RegexpTagger, TreebankWordTokenizer, UnigramTagger
-    tagger = UnigramTagger(model={w: UPOS.get(t, "VERB") for w, t in LEXICON.items()},
-                           backoff=RegexpTagger([(r".*(ing|ed)$", "VERB"), (r"^\W+$", "PUNCT"), (r".*", "NOUN")]))
-    tokens, chunker, lines = TreebankWordTokenizer(), RegexpParser("NP: {<DET>?<NUM|ADJ>*<NOUN>+}"), []
-    chunk = lambda caption: caption.strip() and chunker.parse(tagger.tag(tokens.tokenize(caption.lower())))
-    for name, function, some in ("parse.py", parse, captions), ("parse.py", parse, captions[:2000]), ("NLTK RegexpParser", chunk, captions[:2000]):
-        began = time.perf_counter()
-        for caption in some:
-            function(caption)
-        seconds = time.perf_counter() - began
-        lines.append(f"{name:18}{len(some):>9,} captions in {seconds:7.2f} s{len(some) / seconds:>10,.0f} captions/s")
-    return "\n".join(lines)
+def command_line():
+    """The options, as argparse reads them."""
+    parser = argparse.ArgumentParser(description="Parse captions into trees and hierarchies.")
+    add = parser.add_argument
+    add("captions", nargs="*", metavar="CAPTION", help="a caption to parse")
+    add("--file", help="parse each line of FILE, COCO's .json or .jsonl records; -: standard input")
+    add("--json", action="store_true", help="print one JSON object a caption instead of text")
+    add("--draw", action="store_true", help="draw the trees in text")
+    add(
+        "--score",
+        metavar="GOLD",
+        help="rate the rules, or --parses, on gold captions",
+    )
+    add("--parses", metavar="FILE", help="with --score: rate these parses (.jsonl)")
+    return parser.parse_args()
 
-# ----------------------------------------------------------------------------------------- a language model's parses
-PROMPT = """List the noun phrases of an image caption that name something visible: people, animals, objects, materials, places.
-A phrase is copied from the caption: article, number, adjectives and nouns up to its head noun, and no "of", "with" or "that" after it.
-Its subject is the head noun with the nouns compounded to it. "a group of people" is one phrase and its subject is people.
-Leave out pronouns, times, events, activities and words such as top or front that only relate two things.
-Answer with a JSON list alone, in the order of the caption.
 
-Caption: "A group of people riding two brown horses next to a fire hydrant at sunset."
-[{"text": "A group of people", "subject": "people"}, {"text": "two brown horses", "subject": "horses"}, {"text": "a fire hydrant", "subject": "fire hydrant"}]
+def run(options):
+    """Prints what the options ask for; OSError and ValueError say what is wrong with them."""
+    if options.score:
+        gold = read_parses(options.score)
+        rules = {caption: parse(caption).phrases for caption in gold}
+        print(score(gold, read_parses(options.parses) if options.parses else rules))
+        return
+    if not options.captions and options.file is None:
+        raise ValueError("nothing to parse: give a caption in quotes, or --file FILE (- is stdin)")
+    for name in options.captions:
+        if " " not in name and "." in name and os.path.isfile(name):
+            raise ValueError(f"{name} is a file: --file {name} parses each of its lines")
+    lines = read_captions(options.file) if options.file else ()
+    for parsed in map(parse, chain(options.captions, lines)):
+        if options.json:
+            print(json.dumps(to_json(parsed), ensure_ascii=False))
+        else:
+            print(draw(parsed) if options.draw else show(parsed))
 
-Caption: """
-
-def ask(url, model, caption, seconds):
-    """The answer to PROMPT of the server at url, or None after four tries; ValueError where more of them are of no use."""
-    body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": PROMPT + json.dumps(caption, ensure_ascii=False)}]}
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
-    for wait in (1, 2, 4, 0):
-        try:
-            request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-            with urllib.request.urlopen(request, timeout=seconds) as reply:
-                return str(json.load(reply)["choices"][0]["message"]["content"])
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as e:   # no answer, or half of one
-            reason = getattr(e, "reason", None)
-            absent = not wait and isinstance(reason, (ConnectionRefusedError, socket.gaierror))
-            if absent or 400 <= getattr(e, "code", 0) < 500 and e.code not in (408, 429):
-                raise ValueError(f"{url} as {model}: {e}; answers so far are kept: the same command goes on from there")
-        time.sleep(wait)
-
-def parse_by_llm(captions, url, model, name, workers=16, seconds=60):
-    """Yields, in order, the hierarchy of each caption as `to_json` has it, "by" the "llm", or by the "rules" if its answer will not do.
-
-    Answers are kept as they come in NAME.HASH.answers.jsonl in the working folder, and none of them is asked for twice.
-    """
-    url = url.rstrip("/")
-    url += "" if url.endswith("/chat/completions") else "/chat/completions" if url.endswith("/v1") else "/v1/chat/completions"
-    kept, answers = Path(f"{Path(name).stem}.{zlib.crc32((model + PROMPT).encode()):08x}.answers.jsonl"), {}
-    for line in kept.read_text(encoding="utf-8").splitlines() if kept.exists() else ():
-        try:
-            answers.update([json.loads(line)])
-        except (ValueError, TypeError):                           # cut short when the run was killed
-            continue
-    todo, count = [c for c in dict.fromkeys(captions) if c.strip() and c not in answers], Counter()
-    with open(kept, "a", encoding="utf-8") as log, ThreadPool(workers) as pool:
-        replies = pool.imap_unordered(lambda caption: (caption, ask(url, model, caption, seconds)), todo)
-        for caption, answer in tqdm(replies, f"asking {model}", len(todo), unit="caption"):
-            if answer is not None:
-                answers[caption] = answer
-                log.write(f"\n{json.dumps([caption, answer])}")   # a new line first: the last one may have been cut short
-                log.flush()
-    for caption in captions:
-        answer = answers.get(caption)
-        try:
-            phrases, by = locate(caption, json.loads(answer[answer.index("["):answer.rindex("]") + 1])) if answer else None, "llm"
-        except (ValueError, TypeError, RecursionError):
-            phrases = None
-        if phrases is None:
-            phrases, by = parse(caption).phrases, "rules"
-        count["llm" if by == "llm" else "rejected" if answer else "unanswered"] += 1
-        yield {**to_json(Parse(caption, [], phrases)), "by": by}
-    sys.stderr.write(f"{len(captions)} captions: {count['llm']} parsed by {model}; by the rules {count['rejected']} whose answer was rejected "
-                     f"and {count['unanswered']} without one. Answers are kept in {kept}\n")
 
 def main():
     """The command line; returns the exit status."""
-    options = argparse.ArgumentParser(description="Parse captions into trees, phrases, subjects and composites.")
-    options.add_argument("captions", nargs="*", metavar="CAPTION", help="a caption to parse (with --llm: a file of captions)")
-    for name, kind, text in (("--file", "FILE", "parse each line of FILE (or COCO's .json, or .jsonl records); - is standard input"),
-                             ("--score", "GOLD.jsonl", "rate the rules, or --parses, against annotated captions"),
-                             ("--parses", "FILE.jsonl", "with --score: rate these parses"),
-                             ("--bench", "FILE", "time the parser on the captions of FILE, beside NLTK's RegexpParser"),
-                             ("--llm", "URL", "ask an OpenAI-compatible server, such as http://localhost:8000/v1"),
-                             ("--model", "NAME", "with --llm: the model to ask for")):
-        options.add_argument(name, metavar=kind, help=text)
-    options.add_argument("--workers", type=int, default=16, metavar="N", help="with --llm: questions at a time [16]")
-    options.add_argument("--timeout", type=float, default=60, metavar="S", help="with --llm: seconds to wait for an answer [60]")
-    options.add_argument("--json", action="store_true", help="print one JSON object a caption instead of text")
-    options.add_argument("--draw", action="store_true", help="draw the trees in text")
-    args = options.parse_args()
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:
-        file = args.captions.pop(0) if args.llm and args.captions else args.file
-        if args.score:
-            gold = read_parses(args.score)
-            print(score(gold, read_parses(args.parses) if args.parses else {c: parse(c).phrases for c in gold}))
-        elif args.bench:
-            print(bench(list(read_captions(args.bench))))
-        elif args.llm:
-            if not args.model or not file or args.workers < 1 or not args.llm.startswith("http"):
-                raise ValueError("it is --llm http://… --model NAME FILE, with one worker or more")
-            for row in parse_by_llm(list(read_captions(file)), args.llm, args.model, file, args.workers, args.timeout):
-                print(json.dumps(row, ensure_ascii=False))
-        elif not args.captions and file is None:
-            raise ValueError("nothing to parse: give a caption in quotes, or --file FILE (- is standard input)")
-        else:
-            text = (lambda parsed: json.dumps(to_json(parsed), ensure_ascii=False)) if args.json else draw if args.draw else show
-            for name in args.captions:
-                if " " not in name and "." in name and os.path.isfile(name):
-                    raise ValueError(f"{name} is a file: --file {name} parses each of its lines")
-            for caption in chain(args.captions, read_captions(file) if file else ()):
-                print(text(parse(caption)))
+        run(command_line())
         sys.stdout.flush()
-    except BrokenPipeError:                                       # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        sys.stderr.write("parse.py: stopped\n")
+        print("parse.py: stopped", file=sys.stderr)
         return 130
-    except (OSError, ValueError) as e:
-        sys.stderr.write("parse.py: " + (f"cannot read {e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)) + "\n")
+    except (OSError, ValueError) as error:
+        file = getattr(error, "filename", None)
+        reason = f"cannot read {file}: {error.strerror}" if file else error
+        print(f"parse.py: {reason}", file=sys.stderr)
         return 2
     return 0
 
