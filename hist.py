@@ -946,6 +946,8 @@ def measure_maps(model, tokenizer, records, options, answers):
                 pairs.append(Pair(record, shares, multi_object_iou(heat, mask), mask.mean()))
         for question in record.get("questions", []):
             choices = question.get("choices") or answers
+            if not choices:
+                continue
             said = answer(model, tokenizer, image, question["text"], choices)
             for name in ("vqa", f"vqa_{question['kind']}"):
                 values[name].append(vqa_accuracy(said, question["answers"]))
