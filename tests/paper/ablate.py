@@ -197,9 +197,11 @@ def table(seeds):
     for name in seeds[0]["caption"]:
         if re.search(LEFT_OUT, name):
             continue
-        scale, line, first = 1 if name == "seconds" else 100, f"| {name} |", None
+        scale = 1 if name == "seconds" else 100
+        line, first = f"| {name} |", None
         for row in ROWS:
-            values = scale * np.array([seed[row][name] for seed in seeds])
+            values = [seed[row].get(name, math.nan) for seed in seeds]
+            values = scale * np.array(values)
             line += f" {cell(values, first)} |"
             first = values if first is None else first
         chance = [seed["caption"].get(f"{name}_chance") for seed in seeds]
@@ -208,9 +210,7 @@ def table(seeds):
 
 
 def main(arguments=None):
-    own = hist.CommandLine(
-        "python -m tests.paper.ablate, and hist.py's options", allow_abbrev=False
-    )
+    own = hist.CommandLine("ablate", epilog="and hist.py's own options", allow_abbrev=False)
     own.add_argument("--seeds", type=int, default=5, help="how many, 1 to 10 [5]")
     own.add_argument("--seed", type=int, default=0, help="the first of them [0]")
     own.add_argument("--out", type=Path, default=Path("out/ablation"), help="[out/ablation]")
