@@ -1035,6 +1035,8 @@ def evaluate(model, tokenizer, records, options, answers=()):
         values, pairs[split] = measure_maps(model, tokenizer, some, options, answers)
         results[split] = {name: float(np.mean(row)) for name, row in values.items()}
         results[split] |= retrieval(model, tokenizer, some, options)
+        phrases = len(values["pointing_phrases"])
+        results[split] |= {"images": len(some), "phrases": phrases, "pairs": len(pairs[split])}
     for split, own in pairs.items():
         val_pairs = [] if split == "val" else pairs.get("val", [])
         results[split] |= pair_measures(own, val_pairs) if own else {}
@@ -1616,10 +1618,10 @@ def table(results):
     column, then what chance gives, and any pixel."""
     columns = [*results, "chance", "any pixel"]
     lines = [" " * 34 + "".join(f"{name:>12}" for name in columns)]
-    for name in next(iter(results.values())):
-        if "_chance" not in name:
+    first = next(iter(results.values()))
+    for name, value in first.items():
+        if "_chance" not in name and isinstance(value, float):
             values = [result[name] for result in results.values()]
-            first = next(iter(results.values()))
             values += [first.get(f"{name}_chance"), first.get(f"{name}_chance_pixel")]
             shown = ["" if value is None else f"{100 * value:.1f}" for value in values]
             lines.append(f"{name:34}" + "".join(f"{text:>12}" for text in shown))
@@ -1750,9 +1752,9 @@ def report(options, records, held_out, skipped):
         models[path.stem], results[path.stem] = model, found
         print(f"{path.stem}: {state['step']} steps in {state['seconds']:.0f} s")
     insist(models, f"there is no baseline.pt and no hist.pt in {out}: train first")
-    for split in found:
-        count = sum(record["split"] == split for record in held_out)
-        print(f"\n{options.data}, {count} images of {split}, seed {options.seed}; percent\n")
+    for split, measures in found.items():
+        counts = ", ".join(f"{measures[name]} {name}" for name in ("images", "phrases", "pairs"))
+        print(f"\n{options.data}, {split}: {counts}; seed {options.seed}; percent\n")
         print(table({name: result[split] for name, result in results.items()}) + "\n")
     if skipped.count():
         print(f"{skipped.count()} images could not be used; {skipped.path} lists them")
