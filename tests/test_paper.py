@@ -47,7 +47,7 @@ def test_table_by_hand():
     for vqa, more in ((0.5, 0.02), (0.6, 0.04), (0.7, 0.06)):
         seed = {}
         for row in ablate.ROWS:
-            seed[row] = {"vqa": vqa, "vqa_chance": 0.3, "seconds": 7, "r10_image_to_text": 1}
+            seed[row] = {"vqa": vqa, "vqa_chance": 0.3, "seconds": 7, "phrases": 9, "steps": 2}
         seed["all"]["vqa"] = vqa + more
         seeds.append(seed)
     table = rows_of(ablate.table(seeds))

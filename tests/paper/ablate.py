@@ -34,7 +34,7 @@ ROWS = {  # row: its levels
     "all": ["caption", "phrase", "subject", "composition"],
     "caption, same time": ["caption"],
 }
-LEFT_OUT = "chance|in_mask|r5_|r10_|steps"  # of the measures, by the table
+LEFT_OUT = "chance|in_mask|r5_|r10_|^(images|phrases|pairs|steps)$"  # by the table
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, for 2 to 10 seeds
 OCCLUDED = 32  # scenes, two phrases of each
 # Of a pair: the larger object's share of both areas, and of the map on both; the map's balance.
