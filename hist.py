@@ -802,7 +802,7 @@ def train(name, levels, samples, options, steps):
             bar.set_postfix_str(", ".join(f"{k} {v:.2f}" for k, v in values.items()), False)
             if step + 1 == steps or (step + 1) % options.save_every == 0:
                 metrics.flush()
-                samples.skipped.check(len(samples))
+                samples.skipped.check(samples.skipped.total)
                 seconds = time.time() - began
                 state = {"step": step + 1, "seconds": seconds, "options": asdict(options)}
                 state |= {"words": samples.tokenizer.words, "model": model.state_dict()}
@@ -1340,6 +1340,7 @@ class Skipped:
 
     def __init__(self, path, max_bad):
         self.path, self.max_bad, self.added = Path(path), max_bad, set()
+        self.total = 0  # images that the readers met
 
     def add(self, kind, which, why):
         row = {"kind": kind, "which": str(which), "why": " ".join(str(why).split())[:300]}
@@ -1365,14 +1366,14 @@ class Skipped:
 FAULTS = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # of a malformed entry
 
 
-def each(kind, entries, use, skipped):
+def each(kind, entries, use, skipped, where):
     """Call use(number, entry) for each entry; one that cannot be used is listed, and left out."""
     for number, entry in enumerate(entries):
         try:
             use(number, entry)
         except FAULTS as error:
             missing = " is missing" if isinstance(error, KeyError) else ""
-            skipped.add(kind, f"entry {number}", f"{error}{missing}")
+            skipped.add(kind, f"{where}, entry {number}", f"{error}{missing}")
 
 
 def read_json(path, *names):
@@ -1428,17 +1429,17 @@ def read_coco(root, split, skipped):
         target["mask"]["parts"].append(part)
         target["boxes"].append(box)
 
-    each("image", images, add_image, skipped)
-    each("caption", said, add_caption, skipped)
+    each("image", images, add_image, skipped, captions.name)
+    each("caption", said, add_caption, skipped, captions.name)
     if split == "val":
         truth, categories = read_json(instances, "annotations", "categories")
         names.update((category["id"], category["name"]) for category in categories)
-        each("annotation", truth, add_instance, skipped)
+        each("annotation", truth, add_instance, skipped, instances.name)
     for record in records.values():
         record["targets"] = list(record["targets"].values())
         if not record["captions"]:
             skipped.add("image", record["image"], "no caption of it can be used")
-    skipped.check(len(images))
+    skipped.total += len(images)
     return [record for record in records.values() if record["captions"]]
 
 
@@ -1503,15 +1504,20 @@ def read_jsonl(path):
 
 
 def load_data(options, skipped):
-    """(training records, held-out records) of --data."""
+    """(training records, held-out records) of --data; UserError where too many are unusable."""
     if options.data == "scenes":
-        held_out = Scenes(options.eval_images or 500, options, "held out", True)
-        return Scenes(1_000_000, options, "train", False), [
-            held_out[i] for i in range(len(held_out))
-        ]
-    if options.data == "coco":
-        return [read_coco(Path(options.root), split, skipped) for split in ("train", "val")]
-    return read_jsonl(options.data)
+        train = Scenes(1_000_000, options, "train", False)
+        test = Scenes(options.eval_images or 500, options, "held out", True)
+        held_out = [test[i] for i in range(len(test))]
+    elif options.data == "coco":
+        train, held_out = (read_coco(Path(options.root), s, skipped) for s in ("train", "val"))
+    else:
+        train, held_out = read_jsonl(options.data)
+        skipped.total += len(train) + len(held_out)
+    held_out = usable(held_out, options, skipped)
+    skipped.check(skipped.total)
+    insist(held_out, f"{options.data}: there is no image to evaluate on")
+    return train, held_out
 
 
 def load_pixels(image, upright=False):
@@ -1561,7 +1567,7 @@ def usable(records, options, skipped):
         except UserError as error:
             skipped.add("image", record["image"], error)
         else:
-            each("mask", record["targets"], check_target, skipped)
+            each("mask", record["targets"], check_target, skipped, record["image"])
             kept.append(record | {"targets": targets})
     return kept
 
@@ -1705,7 +1711,6 @@ def prepare(options):
     if fresh:
         skipped.path.unlink(missing_ok=True)
     records, held_out = load_data(options, skipped)
-    held_out = usable(held_out, options, skipped)
     insist(len(records), f"{options.data}: there is no image to train on")
     options.steps = options.steps or max(1, EPOCHS * len(records) // options.batch_size)
     some = range(100_000, 102_000) if options.data == "scenes" else range(len(records))
@@ -1728,7 +1733,6 @@ def run(options):
     if options.eval_only:
         skipped = Skipped(Path(options.out) / "skipped.jsonl", options.max_bad)
         records, held_out = load_data(options, skipped)
-        held_out = usable(held_out, options, skipped)
     else:
         samples, held_out = prepare(options)
         records, skipped = samples.records, samples.skipped
