@@ -1351,10 +1351,10 @@ class Skipped:
             with open(self.path, "a") as file:
                 file.write(line)
 
-    def count(self):
-        """How many images cannot be used, as far as any process knows."""
+    def count(self, kind="image"):
+        """How many of a kind cannot be used, as far as any process knows."""
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return len({row["which"] for row in map(json.loads, lines) if row["kind"] == "image"})
+        return len({row["which"] for row in map(json.loads, lines) if row["kind"] == kind})
 
     def check(self, total):
         """UserError where of a total of images more than max_bad cannot be used."""
