@@ -1,139 +1,152 @@
-"""BLIP's wiring: one text stack that contrasts without the image, matches with it, and decodes; its LM loss; captions; its commands."""
-import numpy as np
+"""BLIP's wiring: contrast without the image, matching with it, and a causal decoder."""
+
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from common import batch_of, options
 
 import hist
-from test_commands import TINY, here, refused  # noqa: F401 (a fixture)
-from test_hist import batch_of, options
 
 
 @pytest.fixture(scope="module")
 def blip():
+    """(options, tokenizer, batch, model, image_kv)."""
     torch.manual_seed(0)
     o = options(base="blip", text_layers=0)
-    vocabulary, batch = batch_of(o)
-    return o, vocabulary, batch, hist.HIST(o, vocabulary).eval()
-
-
-def decoded(model, image, ids):
-    with torch.no_grad():
-        return model.word_head(model.fuse(*model.encode_text(ids)[:2], image, torch.zeros_like(ids[:, 0]), causal=True)[0])
+    tokenizer, batch = batch_of(o)
+    model = hist.BLIP(o, tokenizer).eval()
+    image_kv = [kv.detach() for kv in model.project_image(model.encode_image(batch["image"])[1])]
+    return o, tokenizer, batch, model, image_kv
 
 
 def test_a_word_is_told_from_those_before_it_and_the_image(blip):
-    _, _, batch, model = blip
-    ids, image = batch["caption"]["ids"][:1], [kv.detach() for kv in model.encode_image(batch["image"])[1]]
-    words = decoded(model, image, ids)
-    for t in range(1, ids.shape[1]):
-        other = ids.clone()
-        other[:, t:] = 5 + other[:, t:] % 7
-        torch.testing.assert_close(decoded(model, image, other)[:, :t], words[:, :t])
-        assert (decoded(model, image, other)[:, t] - words[:, t]).abs().max() > 1e-4
-    assert (decoded(model, [kv.roll(1, 1) for kv in image], ids) - words).abs().max() > 1e-5
+    _, _, batch, model, image_kv = blip
+    ids, kv = batch["caption"]["ids"][:1], [kv[:, :1] for kv in image_kv]
+    with torch.no_grad():
+        words = model.decode(ids, kv)
+        for t in range(1, ids.shape[1]):
+            other = ids.clone()
+            other[:, t:] = 5 + other[:, t:] % 7
+            changed = model.decode(other, kv)
+            torch.testing.assert_close(changed[:, :t], words[:, :t])
+            assert (changed[:, t] - words[:, t]).abs().max() > 1e-4
+        elsewhere = model.decode(ids, [kv[:, 1:2] for kv in image_kv])
+        assert (elsewhere - words).abs().max() > 1e-5
+        before = ids.clone()
+        before[:, 1] = 5
+        if (before != ids).any():
+            changed = model.decode(before, kv)
+            assert ((changed - words)[:, 1:].abs().amax(-1) > 1e-5).all()
 
 
-def test_decoding_shares_all_but_self_attention(blip):
-    """With the same weights in both self-attentions, the last word, which sees all words either way, gets the same state in the first layer."""
-    o, vocabulary, batch, _ = blip
-    model = hist.HIST(o, vocabulary).eval()
-    layer, ids = model.fusion[0], batch["caption"]["ids"]
-    ids = ids[(ids != hist.PAD).all(1)][:1]
-    T, mask, _ = model.encode_text(ids)
-    image = model.encode_image(batch["image"])[1][0][:, :1]
-    assert (layer(T, mask, image)[0] - layer(T, mask, image, causal=True)[0]).abs().max() > 1e-4
-    layer.causal_attention.load_state_dict(layer.attention.state_dict())
-    torch.testing.assert_close(layer(T, mask, image)[0][:, -1], layer(T, mask, image, causal=True)[0][:, -1])
-    of_albef = {name for name, _ in hist.HIST(options(text_layers=0), vocabulary).named_parameters()}
-    assert all("causal_attention" in name for name, _ in model.named_parameters() if name not in of_albef)
+def test_a_decoder_layer_shares_all_but_self_attention(blip):
+    """With the same self-attention the last word, which sees all words either way, gets the same
+    state in the first layer."""
+    o, tokenizer, batch, _, image_kv = blip
+    model = hist.BLIP(o, tokenizer).eval()
+    one, other = model.fusion_layers[0], model.decoder_layers[0]
+    ids = batch["caption"]["ids"][:1]
+    ids = ids[:, ids[0] > 0]
+    x, every = model.embed(ids), torch.ones(1, 1, ids.shape[1], dtype=torch.bool)
+    kv = image_kv[0][:, :1]
+    assert (one(x, every, kv)[0] - other(x, every, kv)[0]).abs().max() > 1e-4
+    other.self_attention.load_state_dict(one.self_attention.state_dict())
+    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()[None]
+    expected, seen = one(x, every, kv)[0], other(x, causal, kv)[0]
+    torch.testing.assert_close(seen[:, -1], expected[:, -1])
+    of_albef = {
+        name for name, _ in hist.ALBEF(options(text_layers=0), tokenizer).named_parameters()
+    }
+    own = {name for name, _ in model.named_parameters()} - of_albef
+    assert own and all("self_" in name for name in own)
 
 
 def test_contrast_sees_no_image_and_matching_does(blip):
-    _, _, batch, model = blip
-    ids, image = batch["caption"]["ids"], model.encode_image(batch["image"])[1]
+    _, _, batch, model, image_kv = blip
+    ids = batch["caption"]["ids"]
     T, mask, features = model.encode_text(ids)
+    torch.testing.assert_close(T, model.embed(ids))
     states = T
-    for layer in model.fusion:
-        states, A = layer(states, mask)
+    for layer in model.fusion_layers:
+        states, A = layer(states, mask[:, None])
         assert A is None
-    torch.testing.assert_close(features, F.normalize(model.text_projection(states[:, 0]), dim=-1))
-    rows = torch.zeros(len(ids), dtype=torch.long)
-    assert (model.match(T, mask, image, rows)[0] - model.match(T, mask, image, rows + 1)[0]).abs().max() > 1e-5
+    projected = model.text_projection(states[:, 0])
+    torch.testing.assert_close(features, F.normalize(projected, dim=-1))
+    logits, _ = model.match(T, mask, image_kv)
+    elsewhere, _ = model.match(T, mask, [kv.roll(1, 1) for kv in image_kv])
+    assert (logits - elsewhere).abs().max() > 1e-5
 
 
-def test_lm_loss_by_hand():
-    """"a dog" and "cat": each word from those before it, and [CLS] for the end."""
-    ids = torch.tensor([[1, 7, 8], [1, 9, 0]])
-    assert hist.next_words(ids).tolist() == [[7, 8, 1], [9, 1, -100]]
-    logits = torch.randn(2, 3, 10)
-    p = logits.softmax(-1)
-    by_hand = -(p[0, 0, 7].log() + p[0, 1, 8].log() + p[0, 2, 1].log() + p[1, 0, 9].log() + p[1, 1, 1].log()) / 5
-    torch.testing.assert_close(hist.mlm_loss(logits, hist.next_words(ids)), by_hand)
+def test_lm_loss_by_hand(blip, monkeypatch):
+    """ "a dog" and "cat": each word from those before it, and [CLS] for the end; a text that does
+    not exist asks for nothing."""
+    model = blip[3]
+    ids = torch.tensor([[1, 7, 8], [1, 9, 0], [1, 0, 0]])
+    logits = torch.randn(3, 3, 10)
+    monkeypatch.setattr(model, "decode", lambda ids, image_kv: logits)
+    p = logits.softmax(-1).log()
+    expected = -(p[0, 0, 7] + p[0, 1, 8] + p[0, 2, 1] + p[1, 0, 9] + p[1, 1, 1]) / 5
+    text = {"ids": ids, "exists": torch.tensor([True, True, False])}
+    torch.testing.assert_close(model.language_loss(text, None), expected)
+    text["exists"] = torch.zeros(3, dtype=torch.bool)
+    assert model.language_loss(text, None).item() == 0
+
+
+def test_an_answer_is_the_next_word(blip):
+    """What the decoder says after "the circle is", as the LM loss of the next word has it."""
+    _, tokenizer, batch, model, image_kv = blip
+    kv = [kv[:, 2:3] for kv in image_kv]
+    text = tokenizer.batch(["the circle is [MASK]"])
+    place = 4
+    assert text[0, place] == tokenizer.mask_id
+    said = model.word_logits(text, place, kv).log_softmax(-1)
+
+    def loss(ids):
+        found = {"ids": torch.tensor([ids]), "exists": torch.tensor([True])}
+        return model.language_loss(found, kv).item() * len(ids)
+
+    red = tokenizer.ids["red"]
+    shorter = text[0, :place].tolist()
+    end = model.decode(torch.tensor([[*shorter, red]]), kv)[0, -1].log_softmax(-1)[1].item()
+    stop = model.decode(torch.tensor([shorter]), kv)[0, -1].log_softmax(-1)[1].item()
+    # the LM losses of "the circle is red" and "the circle is" differ by the word, and two ends
+    expected = loss(shorter) + stop - loss([*shorter, red]) - end
+    assert said[red].item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_losses_and_gradients_reach_every_weight(blip):
-    o, vocabulary, batch, _ = blip
+    o, tokenizer, batch, _, _ = blip
     torch.manual_seed(0)
-    model = hist.HIST(o, vocabulary)
-    losses, _ = hist.training_losses(model, batch, hist.LEVELS, 0.5, o.cam_layer)
-    assert list(losses) == ["caption_itc", "caption_itm", "caption_lm", "phrase_itc", "phrase_itm", "phrase_lm", "subject_itc", "subject_itm", "composition"]
+    model = hist.BLIP(o, tokenizer)
+    levels = [*hist.LEVELS, "composition"]
+    losses, _ = hist.hist_losses(model, batch, levels, 0.5, 0, hist.make_teacher(model))
+    expected = [
+        f"{level}_{kind}" for level in ("caption", "phrase") for kind in ("itc", "itm", "lm")
+    ]
+    assert list(losses) == [*expected, "subject_itc", "subject_itm", "composition"]
     sum(losses.values()).backward()
-    unused = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
-    assert not unused
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
-@pytest.mark.parametrize("cloze", ["the circle is [MASK]", "[MASK] circle"])
-def test_answers_with_what_the_decoder_finds_likeliest(blip, cloze):
-    """The next word after what the question says, or where more follows the sentence that is likeliest as a whole."""
-    _, vocabulary, batch, model = blip
-    choices = list(hist.COLOURS)
-    image = model.encode_image(batch["image"])[1]
-    def likelihood(text):
-        ids = torch.tensor([hist.encode(vocabulary, text)])
-        p = decoded(model, [kv[:, 2:3] for kv in image], ids).log_softmax(-1)[0]
-        words = ids[0, 1:].tolist()
-        return float(p[len(words) - 1, words[-1]]) if cloze.endswith("[MASK]") else sum(float(p[t, word]) for t, word in enumerate([*words, hist.CLS]))
-    best = max(choices, key=lambda c: likelihood(cloze.replace("[MASK]", c)))
-    assert hist.answer(model, vocabulary, batch["image"], [(2, "colour", cloze, choices, "red")]) == [best]
-
-
-def test_captions_what_it_was_taught():
-    """Two pictures and what is said of each: after 60 steps of LM alone, greedy decoding says it; the nucleus never leaves its words."""
+def test_a_taught_decoder_answers_what_it_was_taught():
+    """Two pictures and what is said of each: after 60 steps of LM alone the cloze is filled."""
     torch.manual_seed(0)
-    o = options(base="blip", text_layers=0, image_size=24)
-    vocabulary = hist.build_vocabulary(["a red circle", "the blue star is small"], 100)
-    images = torch.stack([torch.full((3, 24, 24), 30, dtype=torch.uint8), torch.full((3, 24, 24), 220, dtype=torch.uint8)])
-    ids = hist.pad([hist.encode(vocabulary, c) for c in ("a red circle", "the blue star is small")])
-    model = hist.HIST(o, vocabulary)
+    o = options(base="blip", text_layers=0)
+    captions = ["a red circle", "a blue star"]
+    tokenizer = hist.Tokenizer.build(captions, 100)
+    images = torch.tensor([30, 220], dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 24, 24)
+    text = {"ids": tokenizer.batch(captions), "exists": torch.tensor([True, True])}
+    model = hist.BLIP(o, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     model.vit.eval()
     for _ in range(60):
-        states, _ = model.fuse(*model.encode_text(ids)[:2], model.encode_image(images)[1], torch.arange(2), causal=True)
-        loss = hist.mlm_loss(model.word_head(states), hist.next_words(ids))
+        loss = model.language_loss(text, model.project_image(model.encode_image(images)[1]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert [hist.generate(model, vocabulary, image) for image in images] == ["a red circle", "the blue star is small"]
-    assert [hist.generate(model, vocabulary, image, 0.3) for image in images] == ["a red circle", "the blue star is small"]
-    untaught = hist.HIST(o, vocabulary)
-    said = hist.generate(untaught, vocabulary, images[0], 1.0).split()
-    assert len(said) < hist.MAX_TOKENS and not {"[PAD]", "[MASK]", "[UNK]", "[CLS]"} & set(said)
-
-
-def test_commands(here, capsys):
-    hist.main([*TINY, "--base", "blip"])
-    said = capsys.readouterr().out
-    assert "VQA" in said and (here / "out/scenes-blip/hist.pt").exists()
-    Image.fromarray(np.full((30, 40, 3), 200, np.uint8)).save("photo.png")
-    hist.main(["--caption", "photo.png"])
-    greedy = capsys.readouterr().out
-    hist.main(["--caption", "photo.png", "--top-p", "0.9", "--seed", "1"])
-    drawn = capsys.readouterr().out
-    assert greedy.count("\n") == drawn.count("\n") == 1
-    hist.main(["--ground", "photo.png", "a red circle"])
-    assert (here / "out/scenes-blip/ground.png").exists()
-    assert "no picture" in refused(capsys, "--caption", "nowhere.png") and "albef or blip" in refused(capsys, "--base", "clip")
-    hist.main([*TINY, "--levels", "caption", "--steps", "1"])
-    assert "--base blip" in refused(capsys, "--caption", "photo.png", "--out", "out/scenes")
+    model.eval()
+    colours = ["red", "blue"]
+    for image, colour in zip(images, colours):
+        assert hist.answer(model, tokenizer, image, "a [MASK]", colours) == colour
+        assert hist.answer(model, tokenizer, image, "a [MASK] circle", colours) == colour

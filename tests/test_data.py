@@ -1,0 +1,293 @@
+"""COCO and JSONL as they are read, and pictures in every state a disk may hold them in."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from common import PHOTOS, coco_folder, lines, options, own_folder, record, refused
+from PIL import Image
+
+import hist
+
+
+def skipped(max_bad=0.3):
+    return hist.Skipped("run/skipped.jsonl", max_bad)
+
+
+# ------------------------------------------------------------------------------------------- COCO
+def test_coco_layout(here):
+    coco_folder(here / "coco")
+    records = hist.read_coco(here / "coco", "val", skipped())
+    assert len(records) == 6
+    (row,) = lines("run/skipped.jsonl")
+    assert row["kind"] == "image" and "missing.jpg" in row["why"]
+    cat, dog = records[0]["targets"]
+    assert cat["phrase"] == "cat" and cat["boxes"] == [[0, 0, 10, 10], [20, 20, 30, 30]]
+    mask = hist.decode_mask(cat["mask"])
+    assert mask.shape == (48, 64) and mask[5, 5] and mask[21, 28]
+    assert not mask[29, 21] and not mask[15, 15]
+    expected = np.zeros((48, 64), bool)
+    expected[2:5, 1:3] = True
+    assert (hist.decode_mask(dog["mask"]) == expected).all()
+    assert records[0]["captions"] == ["A cat by dog 0.", "Two dogs"]
+    assert records[0]["split"] == "val" and records[0]["image"] == here / "coco/val2017" / (
+        "0" * 12 + ".jpg"
+    )
+    train = hist.read_coco(here / "coco", "train", skipped())
+    assert train[0]["targets"] == [] and train[0]["split"] == "train"
+
+
+def test_masks_are_pycocotools_own():
+    mask = pytest.importorskip("pycocotools.mask")
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        truth = np.asfortranarray(rng.random((23, 17)) < 0.4)
+        runs, last, counts = truth.flatten(order="F"), False, [0]
+        for value in runs:
+            if value == last:
+                counts[-1] += 1
+            else:
+                counts.append(1)
+                last = value
+        theirs = mask.decode(mask.frPyObjects({"size": [23, 17], "counts": counts}, 23, 17))
+        ours = hist.decode_mask({"size": [23, 17], "parts": [{"counts": counts}]})
+        assert (ours == theirs.astype(bool)).all() and (ours == truth).all()
+        polygon = rng.uniform(0, 17, 8).round().tolist()
+        ours = hist.decode_mask({"size": [23, 17], "parts": [[polygon]]})
+        theirs = mask.decode(mask.frPyObjects([polygon], 23, 17))[..., 0].astype(bool)
+        assert (ours ^ theirs).sum() <= 4 + 8 * 17 // 3  # an edge, no more
+
+
+def test_no_coco_says_what_was_looked_for_and_how_to_get_it(here, capsys):
+    said = refused(capsys, "--data", "coco", "--root", "nowhere")
+    assert "nowhere/annotations/captions_train2017.json" in said
+    assert "tests.paper.convert coco nowhere" in said and "cocodataset.org" in said
+
+
+def edit(path, change):
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def bad_captions(data):
+    for caption in ("", "  ", None, 7, ["a cat"]):
+        data["annotations"].append({"image_id": 1, "caption": caption})
+    data["annotations"] += [{"image_id": 777, "caption": "of no image"}, {"image_id": 1}]
+    named = [dict(data["images"][0]), *({"id": i, "height": 9, "width": 9} for i in (50, 51))]
+    named[1]["file_name"], named[2]["file_name"] = "../../etc/passwd", "/etc/passwd"
+    data["images"] += named
+
+
+def bad_instances(data):
+    square = [[0, 0, 9, 0, 9, 9]]
+    whole = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 9], "segmentation": square}
+    nan = [float("nan"), 0, 3, 3]
+    for change in (
+        {"bbox": [70, 0, 9, 9]},
+        {"bbox": [5, 5, 0, 3]},
+        {"bbox": None},
+        {"bbox": nan},
+        {"category_id": 5},
+        {"image_id": 777},
+    ):
+        data["annotations"].append(whole | change)
+    runs = {"size": [48, 64]}
+    data["annotations"] += [
+        whole | {"image_id": 2, "bbox": [50, 40, 99, 99]},
+        whole | {"image_id": 3, "segmentation": [[1, "x"]]},
+        whole | {"image_id": 4, "segmentation": runs | {"counts": "compressed"}},
+        whole | {"image_id": 5, "segmentation": runs | {"counts": [1, 2]}},
+    ]
+
+
+def test_bad_captions_and_annotations_are_left_out_and_listed(here):
+    coco_folder(here / "coco", 12)
+    edit(here / "coco/annotations/captions_val2017.json", bad_captions)
+    edit(here / "coco/annotations/instances_val2017.json", bad_instances)
+    o, listed = options(data="coco", eval_images=0), skipped()
+    records = hist.read_coco(Path("coco"), "val", listed)
+    assert len(records) == 12 and records[1]["captions"] == ["A cat by dog 1.", "Two dogs"]
+    why = [(row["kind"], row["why"]) for row in lines("run/skipped.jsonl")]
+    for kind, text, times in (
+        ("caption", "no caption: ", 5),
+        ("image", "there twice", 1),
+        ("caption", "777 is missing", 1),
+        ("annotation", "777 is missing", 1),
+        ("caption", "'caption' is missing", 1),
+        ("annotation", "5 is missing", 1),
+        ("image", "leads out", 2),
+        ("image", "no file missing.jpg", 1),
+        ("annotation", "has no pixel", 3),
+    ):
+        found = [text in line for one, line in why if one == kind]
+        assert sum(found) == times, (text, why)
+    cat = next(t for t in records[2]["targets"] if t["phrase"] == "cat")
+    assert cat["boxes"][-1] == [50, 40, 64, 48]  # a box is cut at the edge of the image
+    good = hist.usable(records, o, listed)
+    assert [len(r["targets"]) for r in good[1:7]] == [2, 2, 1, 1, 1, 2]
+    before = lines("run/skipped.jsonl")
+    assert sum("run lengths" in row["why"] for row in before) == 2
+    hist.usable(hist.read_coco(Path("coco"), "val", listed), o, listed)
+    assert lines("run/skipped.jsonl") == before  # the same again is not listed twice
+    with pytest.raises(hist.UserError, match="4 of 16 images cannot be used, more than --max-bad"):
+        hist.read_coco(Path("coco"), "val", skipped(0.1))
+
+
+@pytest.mark.parametrize(
+    "text, what",
+    [
+        ('{"images": [\n{"id": 1,}]}', "line 2"),
+        ("", "Expecting value"),
+        ('{"images": []}', "annotations"),
+        ("[1]", "no JSON object"),
+        ("\xff", "utf-8"),
+        ('{"images": 3, "annotations": []}', "images"),
+    ],
+)
+def test_malformed_json_gets_its_file_line_and_fault(here, capsys, text, what):
+    coco_folder(here / "coco")
+    path = here / "coco/annotations/captions_train2017.json"
+    path.write_bytes(text.encode("latin1"))
+    said = refused(capsys, "--data", "coco", "--root", "coco", *PHOTOS)
+    assert "captions_train2017.json, line" in said and what in said
+
+
+# ------------------------------------------------------------------------------------------ JSONL
+def test_own_records(here):
+    own_folder(here)
+    train, held_out = hist.read_jsonl("my.jsonl")
+    assert len(train) == 9 and [r["split"] for r in held_out] == ["val"] * 3
+    assert train[3]["image"] == Path("3.png") and train[3]["captions"][1] == "😀"
+    assert [len(r["targets"]) for r in held_out] == [2, 0, 2]
+    first = hist.targets_of(train[0], (40, 60, 3), 24)
+    assert first[1].mask.sum() < first[1].boxes.sum()  # a triangle in its box
+
+
+@pytest.mark.parametrize("n, train, held_out", [(25, 23, 2), (10, 9, 1), (5, 4, 1)])
+def test_every_tenth_is_held_out_where_no_line_says_so(here, capsys, n, train, held_out):
+    Image.new("RGB", (8, 8)).save("0.png")
+    rows = [json.dumps({"image": "0.png", "captions": [str(i)]}) for i in range(n)]
+    Path("plain.jsonl").write_text("\ufeff" + "\n".join(rows), encoding="utf-8")
+    one, other = hist.read_jsonl("plain.jsonl")
+    assert (len(one), len(other)) == (train, held_out)
+    said = [r["captions"][0] for r in one + other]
+    assert sorted(said, key=int) == [str(i) for i in range(n)]
+    assert "held out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line, what",
+    [
+        ('{"image": "0.png", "captions": ["a"]', "delimiter"),
+        ("[1]", "list"),
+        ('{"captions": ["a"]}', "'image' is missing"),
+        ('{"image": "no.png", "captions": ["a"]}', "no picture"),
+        ('{"image": "../0.png", "captions": ["a"]}', "leads out"),
+        ('{"image": "/etc/passwd", "captions": ["a"]}', "leads out"),
+        ('{"image": "0.png", "captions": "a"}', '"captions"'),
+        ('{"image": "0.png", "captions": []}', '"captions"'),
+        ('{"image": "0.png", "captions": [null]}', '"captions"'),
+        ('{"image": "0.png", "captions": ["a"], "split": 3}', '"split"'),
+        ('{"image": "0.png", "captions": ["a"], "targets": [{"phrase": "a"}]}', "boxes"),
+        (
+            '{"image": "0.png", "captions": ["a"], "targets": [{"phrase": "a",'
+            ' "boxes": [[5, 0, 2, 2]]}]}',
+            "x0 < x1",
+        ),
+        (
+            '{"image": "0.png", "captions": ["a"], "targets": [{"phrase": " ",'
+            ' "boxes": [[0, 0, 2, 2]]}]}',
+            '"targets"',
+        ),
+    ],
+)
+def test_a_wrong_line_is_reported_with_its_number(here, capsys, line, what):
+    own_folder(here)
+    text = Path("my.jsonl").read_text().splitlines()
+    Path("my.jsonl").write_text("\n".join(text[:4] + [line] + text[4:]))
+    said = refused(capsys, "--data", "my.jsonl", *PHOTOS)
+    assert "my.jsonl, line 5:" in said and what in said
+
+
+# --------------------------------------------------------------------------------------- pictures
+def bomb(path):
+    """A PNG of 50,000 x 50,000 pixels in a few bytes."""
+    size = (50_000).to_bytes(4, "big")
+    text = b"\x89PNG\r\n\x1a\n"
+    header = size + size + bytes([8, 0, 0, 0, 0])
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(99))), (b"IEND", b"")):
+        checksum = zlib.crc32(kind + data).to_bytes(4, "big")
+        text += len(data).to_bytes(4, "big") + kind + data + checksum
+    path.write_bytes(text)
+
+
+UNREADABLE = ("truncated", "zero-byte", "missing", "bomb", "text")
+READABLE = ("greyscale", "CMYK", "16-bit", "palette", "rotated", "alpha")
+GREY = np.linspace(0, 255, 64 * 48).reshape(48, 64).astype(np.uint8)
+
+
+def damage(path, how):
+    """Make a picture unreadable, or GREY in another format; all are still called .jpg."""
+    if how in READABLE:
+        exif, picture = Image.Exif(), Image.fromarray(GREY)
+        exif[0x0112] = 6 if how == "rotated" else 1
+        changes = {
+            "CMYK": picture.convert("CMYK"),
+            "16-bit": Image.fromarray(GREY.astype(np.uint16) * 257),
+            "palette": picture.quantize(256),
+            "alpha": Image.fromarray(np.dstack([GREY] * 4)),
+        }
+        changes.get(how, picture).save(path, "TIFF" if how == "CMYK" else "PNG", exif=exif)
+    elif how == "bomb":
+        bomb(path)
+    elif how == "missing":
+        path.unlink()
+    else:
+        whole = path.read_bytes()
+        path.write_bytes({"truncated": whole[:400], "text": b"<html>"}.get(how, b""))
+
+
+@pytest.mark.parametrize("how", UNREADABLE + READABLE)
+def test_a_picture_is_read_or_refused(tmp_path, how):
+    path = tmp_path / "one.jpg"
+    noise = np.random.default_rng(0).integers(0, 255, (48, 64, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(path)
+    damage(path, how)
+    if how in UNREADABLE:
+        with pytest.raises(hist.UserError, match="one.jpg: not readable as a picture"):
+            hist.load_pixels(path)
+        return
+    pixels = hist.load_pixels(path)
+    assert pixels.dtype == np.uint8 and pixels.shape == (48, 64, 3)
+    # 16 bits are scaled, not cut off at white; boxes are of the stored pixels
+    assert np.abs(pixels.astype(int) - GREY[..., None]).max() <= 2
+    if how == "rotated":  # a person's own photograph is turned
+        assert hist.load_pixels(path, upright=True).shape == (64, 48, 3)
+
+
+def test_an_image_is_squeezed_to_a_square():
+    half = np.zeros((40, 80, 3), np.uint8)
+    half[:, 40:] = 200
+    pixels = hist.read_image(half, 20)
+    assert pixels.shape == (3, 20, 20) and pixels.dtype == torch.uint8
+    assert (pixels[:, :, :9] == 0).all() and (pixels[:, :, 11:] == 200).all()
+
+
+def test_of_each_split_the_first_images_are_evaluated(here):
+    records = [record("x", split="val" if i % 2 else "test") for i in range(10)]
+    records[1]["image"] = "nowhere.png"
+    listed = skipped()
+    kept = hist.usable(records, options(eval_images=3), listed)
+    assert [r["split"] for r in kept] == ["test", "test", "val", "test", "val"]
+    assert listed.count() == 1 and len(hist.usable(records, options(eval_images=0), listed)) == 9
+
+
+def test_a_mask_of_another_size_than_its_picture_is_no_target(here):
+    target = {"phrase": "a cat", "boxes": [[0, 0, 9, 9]], "mask": np.ones((9, 9), bool)}
+    records = [record("x", targets=[target, target | {"mask": None}])]
+    (kept,) = hist.usable(records, options(), skipped())
+    assert len(kept["targets"]) == 1 and lines("run/skipped.jsonl")[0]["kind"] == "mask"
