@@ -1351,10 +1351,10 @@ class Skipped:
             with open(self.path, "a") as file:
                 file.write(line)
 
-    def count(self):
-        """How many images cannot be used, as far as any process knows."""
+    def count(self, kind="image"):
+        """How many of a kind cannot be used, as far as any process knows."""
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return len({row["which"] for row in map(json.loads, lines) if row["kind"] == "image"})
+        return len({row["which"] for row in map(json.loads, lines) if row["kind"] == kind})
 
     def check(self, total):
         """UserError where of a total of images more than max_bad cannot be used."""
@@ -1478,9 +1478,10 @@ def read_record(line, folder):
         good = target["phrase"].strip() and target["boxes"]
         for x0, y0, x1, y1 in target["boxes"]:
             good = good and x0 < x1 and y0 < y1
-        insist(
-            good, '"targets": it is {"phrase": …, "boxes": [[x0, y0, x1, y1], …]}, x0 < x1, y0 < y1'
-        )
+        insist(good, '"targets": {"phrase": …, "boxes": [[x0, y0, x1, y1], …]}, x0 < x1, y0 < y1')
+    for question in record.get("questions") or []:
+        good = isinstance(question["text"], str) and question["kind"] and question["answers"]
+        insist(good, '"questions": a question is {"text": …, "kind": …, "answers": [ … ]}')
     return record | {"image": folder / name, "split": split, "targets": targets}
 
 
@@ -1693,8 +1694,14 @@ def check_options(options):
         options.fusion_layers,
         {*LEVELS, "composition"},
     )
-    fits = parts and options.batch_size and options.batch_size % parts == 0
-    insist(fits, f"--batch-size: take a multiple of {parts}, --accumulate times processes")
+    for name in ("accumulate", "batch_size", "save_every", "image_size", "width"):
+        insist(getattr(options, name), f"--{name.replace('_', '-')}: at least 1, please")
+    insist(options.base in MODELS, f"--base {options.base}: albef or blip")
+    insist(options.steps or options.data != "scenes", "--steps 0: scenes have no end, and no epoch")
+    insist(
+        options.batch_size % parts == 0,
+        f"--batch-size: take a multiple of {parts}, --accumulate times processes",
+    )
     insist(here.get(options.device), f"--device {options.device}: this machine has none")
     insist(set(options.levels.split(",")) <= levels, f"--levels: they are {', '.join(levels)}")
     insist(options.width % max(4, options.width // 64) == 0, "--width: take a multiple of 64")
@@ -1756,6 +1763,9 @@ def report(options, records, held_out, skipped):
         models[path.stem], results[path.stem] = model, found
         print(f"{path.stem}: {state['step']} steps in {state['seconds']:.0f} s")
     insist(models, f"there is no baseline.pt and no hist.pt in {out}: train first")
+    if options.data != state["options"]["data"]:  # of --eval-only: the run's own results stay
+        out = out / f"on-{Path(options.data).stem}"
+        out.mkdir(exist_ok=True)
     for split, measures in found.items():
         counts = ", ".join(f"{measures[name]} {name}" for name in ("images", "phrases", "pairs"))
         print(f"\n{options.data}, {split}: {counts}; seed {options.seed}; percent\n")

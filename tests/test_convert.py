@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,9 @@ from tests.paper import convert
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERYTHING = 0.99  # --max-bad of a folder that is mostly odd cases
+needs_pycocotools = pytest.mark.skipif(
+    find_spec("pycocotools") is None, reason="needs pycocotools, no requirement of hist.py"
+)
 
 
 def picture(path, seed=90, size=(64, 48)):
@@ -424,6 +428,7 @@ def run_lengths(text, pixels):
     return convert.plain_part({"counts": text}, [pixels, 1])["counts"]
 
 
+@needs_pycocotools
 def test_run_lengths_are_uncompressed():
     for counts in ([0, 3072], [100, 30, 18, 30, 18, 2000, 876], [5, 40, 1000, 3, 2024], [3072]):
         assert run_lengths(compressed(counts), 3072) == counts
@@ -438,6 +443,7 @@ def refclef_folder(root, part):
     refer_write(root, *made, "refclef/refs(berkeley).p")
 
 
+@needs_pycocotools
 def test_refclef_has_compressed_run_lengths(tmp_path):
     columns = compressed([48 * 10, 96, 48 * 20, 48 * 32])
     corner = compressed([0, 1, 48 * 64 - 1])
@@ -448,6 +454,7 @@ def test_refclef_has_compressed_run_lengths(tmp_path):
     assert mask.sum() == 48 * 34 + 1
 
 
+@needs_pycocotools
 def test_run_lengths_of_too_few_pixels_are_left_out(tmp_path, capsys):
     refclef_folder(tmp_path, [{"size": [48, 64], "counts": compressed([10, 20])}])
     said = refused(capsys, "refclef", tmp_path)

@@ -33,7 +33,7 @@ WRONG = {
     "negatives": ("lambda positives: (torch.multinomial((~torch.eye(*positives.shape, dtype=torch.bool)).float(), 1)[:, 0], (~positives).any(1))", "a false one"),
     "composition": ("lambda part1, part2, whole: (lambda n: (n(whole) - n(part1.detach() + part2.detach())).abs().sum((1, 2)).mean())"
                     "(lambda M: M / M.sum((1, 2), keepdim=True))", "before they are added"),
-    "backwards": ("lambda part1, part2, whole: hist.composition_loss(part1, part2, whole)", "side to detach"),
+    "backwards": ("lambda part1, part2, whole: composition_loss(part1, part2, whole)", "side to detach"),
     "iou": ("lambda heat, union, fraction: ((heat >= fraction) & union).sum() / ((heat >= fraction) | union).sum()", "maximum"),
     "recall": ("lambda similarity, owner: (similarity.argmax(0) == owner).float().mean()", "a row"),
     "box": ("lambda box, width, height, side: [v * side / max(width, height) for v in box]", "different factors"),
