@@ -211,6 +211,7 @@ def test_every_tenth_is_held_out_where_no_line_says_so(here, capsys, n, train, h
             ' "boxes": [[5, 0, 2, 2]]}]}',
             "x0 < x1",
         ),
+        ('{"image": "0.png", "captions": ["a"], "questions": [{"text": "a"}]}', "kind"),
         (
             '{"image": "0.png", "captions": ["a"], "targets": [{"phrase": " ",'
             ' "boxes": [[0, 0, 2, 2]]}]}',

@@ -362,7 +362,7 @@ def known(similarity):
 
 
 def test_retrieval_by_hand_each_way():
-    """Three images of two captions: every image finds one of its own, two of six captions theirs."""
+    """Three images of two captions: all find one of their own, half of the captions theirs."""
     similarity = torch.tensor(
         [
             [9.0, 0, 8, 8, 8, 8],

@@ -37,98 +37,77 @@ def pasted(function):
 
 def test_itc_loss():
     image, text = torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([[1.0, 0], [0, 1], [1, 0]])
-    positives = torch.tensor(
-        [[True, False, True], [False, True, False]]
-    )  # similarities (1, 0, 1) and (0, 1, 0)
-    to_text = (-math.log(math.e / (2 * math.e + 1)) - math.log(math.e / (math.e + 2))) / 2
-    to_image = -math.log(math.e / (math.e + 1))
-    assert pasted(hist.itc_loss)(image, text, positives, 1.0).item() == pytest.approx(
-        (to_text + to_image) / 2
-    )
+    positives = torch.tensor([[True, False, True], [False, True, False]])
+    exists, e = torch.ones(3, dtype=torch.bool), math.e
+    # similarities (1, 0, 1) and (0, 1, 0)
+    to_text = (-math.log(e / (2 * e + 1)) - math.log(e / (e + 2))) / 2
+    to_image = -math.log(e / (e + 1))
+    loss = pasted(hist.itc_loss)(image, text, positives, exists, 1.0)
+    assert loss.item() == pytest.approx((to_text + to_image) / 2)
+
+
+def test_find_positives():
+    found = pasted(hist.find_positives)(torch.tensor([[1, 2], [2, 3]]), torch.tensor([1, 2, 9]))
+    assert found.tolist() == [[True, True, False], [False, True, False]]
 
 
 def test_draw_negatives():
     torch.manual_seed(0)
-    positives = torch.tensor([[True, False, False, False], [True, True, True, True]]).repeat(
-        3000, 1
-    )
+    allowed = torch.tensor([[False, True, True, True], [False] * 4]).repeat(3000, 1)
     similarity = torch.tensor([[9.0, 0, 2, 0]]).repeat(6000, 1)
     for hardness, expected in ((0.0, 1 / 3), (1.0, math.exp(2) / (math.exp(2) + 2))):
-        column, some = pasted(hist.draw_negatives)(similarity, positives, hardness)
-        assert some.tolist() == [True, False] * 3000 and (column[some] != 0).all()
-        assert (column[some] == 2).float().mean().item() == pytest.approx(expected, abs=0.03)
+        column, found = pasted(hist.draw_negatives)(similarity, allowed, hardness)
+        assert found.tolist() == [True, False] * 3000 and (column[found] != 0).all()
+        assert (column[found] == 2).float().mean().item() == pytest.approx(expected, abs=0.03)
 
 
 def test_itm_loss():
     logits, labels = torch.tensor([[0.0, 0], [0, 2], [5, 0]]), torch.tensor([1, 1, 0])
     expected = (math.log(2) + math.log(1 + math.exp(-2))) / 2  # the third weighs nothing
-    assert pasted(hist.itm_loss)(logits, labels, torch.tensor([1.0, 1, 0])).item() == pytest.approx(
-        expected
-    )
+    loss = pasted(hist.itm_loss)(logits, labels, torch.tensor([1.0, 1, 0]))
+    assert loss.item() == pytest.approx(expected)
 
 
 def test_mlm_loss():
     logits, labels = torch.zeros(2, 2, 4), torch.tensor([[-100, 3], [-100, -100]])
     logits[0, 1, 3] = 1
-    assert pasted(hist.mlm_loss)(logits, labels).item() == pytest.approx(
-        -math.log(math.e / (math.e + 3))
-    )
+    loss = pasted(hist.mlm_loss)(logits, labels)
+    assert loss.item() == pytest.approx(-math.log(math.e / (math.e + 3)))
 
 
 def test_composition_loss():
-    a, b, whole = (
-        torch.tensor([[row, [0.0, 0]]], requires_grad=True)
-        for row in ([4.0, 0], [0.0, 1], [3.0, 1])
-    )
-    loss = pasted(hist.composition_loss)(
-        a, b, whole
-    )  # half on each of two patches, against three quarters and one
+    rows = ([4.0, 0], [0.0, 1], [3.0, 1])
+    a, b, whole = (torch.tensor([[row, [0.0, 0]]], requires_grad=True) for row in rows)
+    # half on each of two patches, against three quarters and one
+    loss = pasted(hist.composition_loss)(a, b, whole, torch.ones(1))
     loss.backward()
-    assert (
-        loss.item() == pytest.approx(0.5)
-        and a.grad is None
-        and b.grad is None
-        and whole.grad.abs().max() > 0
-    )
+    assert loss.item() == pytest.approx(0.5)
+    assert a.grad is None and b.grad is None and whole.grad.abs().max() > 0
 
 
 def test_grad_cam():
-    A = torch.tensor(
-        [[[[0.5, 0.2, 0.3], [0.1, 0.4, 0.5]]]], requires_grad=True
-    )  # one text, one head, two tokens, a [CLS] and two patches
+    """One text, one head, two tokens, a [CLS] and two patches."""
+    A = torch.tensor([[[[0.5, 0.2, 0.3], [0.1, 0.4, 0.5]]]], requires_grad=True)
     slope = torch.tensor([[[[9.0, 2, -3], [9.0, 1, 4]]]])
-    cam = pasted(hist.grad_cam)
+    cam, both, first = pasted(hist.grad_cam), torch.tensor([[True, True]]), [[True, False]]
     score = (A * slope).sum((1, 2, 3))
-    assert torch.allclose(
-        cam(A, score, torch.tensor([[True, True]]), (1, 2)),
-        torch.tensor([[[(0.2 * 2 + 0.4 * 1) / 2, 0.5 * 4 / 2]]]),
-    )
-    assert torch.allclose(
-        cam(A, score, torch.tensor([[True, False]]), (1, 2)), torch.tensor([[[0.2 * 2, 0.0]]])
-    )
-    (again,) = torch.autograd.grad(
-        cam(
-            A, (A**2 / 2).sum((1, 2, 3)), torch.tensor([[True, True]]), (1, 2), create_graph=True
-        ).sum(),
-        A,
-    )
-    assert torch.allclose(
-        again[..., 1:], A[..., 1:]
-    )  # the map is A * A / 2: it can be differentiated again
+    expected = torch.tensor([[[(0.2 * 2 + 0.4 * 1) / 2, 0.5 * 4 / 2]]])
+    assert torch.allclose(cam(A, score, both, (1, 2)), expected)
+    alone = cam(A, score, torch.tensor(first), (1, 2))
+    assert torch.allclose(alone, torch.tensor([[[0.2 * 2, 0.0]]]))
+    squares = cam(A, (A**2 / 2).sum((1, 2, 3)), both, (1, 2), create_graph=True)
+    (again,) = torch.autograd.grad(squares.sum(), A)
+    # the map is A * A / 2: it can be differentiated again
+    assert torch.allclose(again[..., 1:], A[..., 1:])
 
 
 @pytest.mark.parametrize("kind", [np.array, torch.tensor])
 def test_pointing_game(kind):
-    heat, here, there = (
-        kind([[0.1, 0.2], [0.9, 0.3], [0.0, 0.8]]),
-        np.zeros((3, 2), bool),
-        np.ones((3, 2), bool),
-    )
+    heat = kind([[0.1, 0.2], [0.9, 0.3], [0.0, 0.8]])
+    here, there = np.zeros((3, 2), bool), np.ones((3, 2), bool)
     here[1, 0], there[1, 0] = True, False
-    assert (
-        pasted(hist.pointing_game)(heat, kind(here)) is True
-        and pasted(hist.pointing_game)(heat, kind(there)) is False
-    )
+    assert pasted(hist.pointing_game)(heat, kind(here)) is True
+    assert pasted(hist.pointing_game)(heat, kind(there)) is False
 
 
 def names(node, context):
