@@ -234,7 +234,12 @@ class Samples(Dataset):
     def __init__(self, records, tokenizer, options, skipped):
         self.records, self.tokenizer = records, tokenizer
         self.options, self.skipped = options, skipped
-        self.given = parse.read_parses(options.parses) if options.parses else {}
+        self.given = {}
+        if options.parses:
+            try:
+                self.given = parse.read_parses(options.parses)
+            except ValueError as error:
+                raise UserError(f"--parses {error}") from error
 
     def __len__(self):
         return len(self.records)
@@ -802,7 +807,7 @@ def train(name, levels, samples, options, steps):
             bar.set_postfix_str(", ".join(f"{k} {v:.2f}" for k, v in values.items()), False)
             if step + 1 == steps or (step + 1) % options.save_every == 0:
                 metrics.flush()
-                samples.skipped.check(samples.skipped.total)
+                samples.skipped.check(samples.skipped.total or len(samples))
                 seconds = time.time() - began
                 state = {"step": step + 1, "seconds": seconds, "options": asdict(options)}
                 state |= {"words": samples.tokenizer.words, "model": model.state_dict()}
@@ -965,11 +970,11 @@ def rerank(model, records, ids, similarity, options):
     score = torch.full_like(similarity, -torch.inf)
     for row, record in enumerate(records):
         image = read_image(record["image"], options.image_size).to(options.device)
-        V = model.encode_image(image[None])[1]
+        image_kv = model.project_image(model.encode_image(image[None])[1])
         for texts in (best[0] | best[1])[row].nonzero()[:, 0].split(512):
             T, mask, _ = model.encode_text(ids[texts])
-            image_kv = model.project_image(V.expand(len(texts), -1, -1))
-            score[row, texts] = model.match(T, mask, image_kv)[0].softmax(-1)[:, 1]
+            kv = [keys_values.expand(-1, len(texts), -1, -1, -1) for keys_values in image_kv]
+            score[row, texts] = model.match(T, mask, kv)[0].softmax(-1)[:, 1]
     return [score.masked_fill(~chosen, -torch.inf) for chosen in best]
 
 
@@ -1035,7 +1040,7 @@ def evaluate(model, tokenizer, records, options, answers=()):
         values, pairs[split] = measure_maps(model, tokenizer, some, options, answers)
         results[split] = {name: float(np.mean(row)) for name, row in values.items()}
         results[split] |= retrieval(model, tokenizer, some, options)
-        phrases = len(values["pointing_phrases"])
+        phrases = len(values.get("pointing_phrases", []))
         results[split] |= {"images": len(some), "phrases": phrases, "pairs": len(pairs[split])}
     for split, own in pairs.items():
         val_pairs = [] if split == "val" else pairs.get("val", [])
@@ -1336,7 +1341,8 @@ def make_vit(options):
 # [{"phrase": str, "boxes": [[x0, y0, x1, y1], …], "mask": …, "tags": …, "object": …}, …],
 # "questions": [{"text", "kind", "choices", "answers"}, …]}, and the rest knows only these.
 class Skipped:
-    """What of the data cannot be used, and why: a line of a file each, whichever process met it."""
+    """What of the data cannot be used, and why: lines of a file, of whichever process met it; what
+    two processes meet is there twice."""
 
     def __init__(self, path, max_bad):
         self.path, self.max_bad, self.added = Path(path), max_bad, set()
@@ -1703,7 +1709,9 @@ def check_options(options):
         f"--batch-size: take a multiple of {parts}, --accumulate times processes",
     )
     insist(here.get(options.device), f"--device {options.device}: this machine has none")
-    insist(set(options.levels.split(",")) <= levels, f"--levels: they are {', '.join(levels)}")
+    named = set(options.levels.split(","))
+    insist(named <= levels, f"--levels {options.levels}: they are {', '.join(levels)}")
+    insist(named & set(LEVELS), "--levels composition: it needs another, until it begins")
     insist(options.width % max(4, options.width // 64) == 0, "--width: take a multiple of 64")
     insist(options.cam_layer < layers, f"--cam-layer: the fusion layers are 0 to {layers - 1}")
     insist(not (options.pretrained and options.vit == "scenes"), "--pretrained: say --vit NAME too")
@@ -1738,7 +1746,8 @@ def prepare(options):
 def run(options):
     """Train the models, or none with --eval-only, and evaluate them on the same records."""
     if options.eval_only:
-        skipped = Skipped(Path(options.out) / "skipped.jsonl", options.max_bad)
+        skipped = Skipped(Path(options.out) / "eval-only.skipped.jsonl", options.max_bad)
+        skipped.path.unlink(missing_ok=True)
         records, held_out = load_data(options, skipped)
     else:
         samples, held_out = prepare(options)
