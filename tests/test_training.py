@@ -358,13 +358,6 @@ def test_the_same_step_draws_the_same_negatives_on_its_own_seed(unbroken, here):
     assert one["caption_itc"] != other["caption_itc"]
 
 
-@pytest.mark.xfail(reason="hist.py: a step without a level has no loss to go backward from")
-def test_composition_alone_waits_for_its_start(here):
-    o = options(out=".", **SHORT | {"steps": 3, "composition_start": 0.5})
-    hist.train("hist", ["composition"], samples_of(o), o, 3)
-    assert ["composition" in row for row in lines("metrics.jsonl")] == [False, False, True]
-
-
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(here, monkeypatch, where):
     losses_of, calls = hist.hist_losses, []
