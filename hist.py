@@ -29,7 +29,7 @@ import sys
 import textwrap
 import time
 from collections import Counter, defaultdict, namedtuple
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from pickle import PickleError
@@ -53,7 +53,8 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 class UserError(ValueError):
-    """A mistake that the person at the keyboard can mend: one line, status 2, no traceback."""
+    """A mistake that the person at the keyboard can mend: one line, status 2, no traceback. A
+    ValueError, for where an entry of the data is at fault it is listed instead; see `each`."""
 
 
 def insist(good, why):
@@ -79,7 +80,7 @@ class Options:
     base_steps: int = option(800, "steps with captions alone, from which every training goes on")
     steps: int = option(400, "optimiser steps of each training; 0: ten epochs")
     batch_size: int = option(64, "images a step, over all GPUs")
-    accumulate: int = option(1, "parts in which a step is computed, to need less memory")
+    accumulate: int = option(1, "parts of a step, to need less memory; ITC contrasts within one")
     lr: float = option(2e-3, "peak learning rate")
     composition_weight: float = option(1.0, "lambda, the weight of the composition loss")
     composition_start: float = option(0.66, "share of all steps after which composition begins")
@@ -766,9 +767,9 @@ def train_step(model, teacher, batches, optimizer, options, levels, hardness, co
 def train(name, levels, samples, options, steps):
     """Train one model with these levels, and return it and the seconds that took.
 
-    "base" begins from scratch. All others go on from its weights, with the images after its own:
-    they start alike and see the same images and captions in the same order. Writes OUT/name.pt
-    and a line a step into OUT/metrics.jsonl.
+    "base" begins from scratch. With --base-steps all others go on from its weights, with the images
+    after its own: they start alike and see the same images and captions in the same order. Writes
+    OUT/name.pt and a line a step into OUT/metrics.jsonl.
     """
     path = Path(options.out) / f"{name}.pt"
     base_steps = 0 if name == "base" else options.base_steps
@@ -1400,7 +1401,7 @@ def read_coco(root, split, skipped):
         notes / f"captions_{split}2017.json",
         notes / f"instances_{split}2017.json",
     )
-    for path in (captions, instances, folder):
+    for path in (captions, folder, instances)[: 3 if split == "val" else 2]:
         how = (
             f"python -m tests.paper.convert coco {root} fetches it (20 GB), or see cocodataset.org"
         )
@@ -1496,7 +1497,11 @@ def read_jsonl(path):
     named from its folder; UserError gives the line and what is wrong. Where all are for training,
     every tenth is held out."""
     path, records = Path(path), []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error}") from error
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             records += [read_record(line, path.parent)] if line.strip() else []
         except FAULTS as error:
@@ -1600,6 +1605,7 @@ def read_checkpoint(path, options):
     try:
         state = torch.load(path, map_location=options.device, weights_only=True)
         tokenizer = Tokenizer(state["words"])
+        options = replace(options, pretrained=False)  # the weights are here: nothing to fetch
         model = MODELS[options.base](options, tokenizer).to(options.device)
         model.load_state_dict(state["model"])
     except (*FAULTS, OSError, RuntimeError, EOFError, PickleError) as error:
@@ -1712,7 +1718,8 @@ def check_options(options):
     named = set(options.levels.split(","))
     insist(named <= levels, f"--levels {options.levels}: they are {', '.join(levels)}")
     insist(named & set(LEVELS), "--levels composition: it needs another, until it begins")
-    insist(options.width % max(4, options.width // 64) == 0, "--width: take a multiple of 64")
+    heads = max(4, options.width // 64)
+    insist(options.width % heads == 0, f"--width: take a multiple of {heads}, its heads")
     insist(options.cam_layer < layers, f"--cam-layer: the fusion layers are 0 to {layers - 1}")
     insist(not (options.pretrained and options.vit == "scenes"), "--pretrained: say --vit NAME too")
     insist(not options.parses or options.data != "scenes", "--parses: scenes are parsed as drawn")
@@ -1734,8 +1741,8 @@ def prepare(options):
     MODELS[options.base](options, tokenizer)  # options that build no model stop here
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
-        for old in [*out.glob("*.pt"), out / "metrics.jsonl"] if fresh else []:
-            old.unlink(missing_ok=True)
+        for old in ("base.pt", "baseline.pt", "hist.pt", "metrics.jsonl") if fresh else ():
+            (out / old).unlink(missing_ok=True)
         kept = {name: value for name, value in asdict(options).items() if name not in ONCE}
         write_whole(out / "options.json", json.dumps(kept, indent=1))
     if WORLD > 1:

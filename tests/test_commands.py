@@ -332,7 +332,7 @@ def test_hist_py_needs_no_tests(tmp_path):
         ("--eval-only --out nowhere", "no run in nowhere"),
         ("--ground x.png cat", "no run in"),
         ("--cam-layer 7", "--cam-layer"),
-        ("--width 400", "multiple of 64"),
+        ("--width 400", "multiple of 6"),
         ("--batch-size 6 --accumulate 4", "--accumulate"),
         ("--pretrained", "--vit NAME"),
         ("--accumulate 0", "--accumulate"),
