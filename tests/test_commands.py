@@ -116,13 +116,7 @@ def test_eval_only_gives_the_table_of_the_run(scenes_run, monkeypatch, capsys):
     assert len(shown) > 5 and set(shown) <= set(said)
 
 
-@pytest.mark.parametrize(
-    "bad_before",
-    [
-        False,
-        pytest.param(True, marks=pytest.mark.xfail(reason="hist.py: counts the run's bad images")),
-    ],
-)
+@pytest.mark.parametrize("bad_before", [False, True])
 def test_eval_only_of_a_run_on_other_records(scenes_run, tmp_path, monkeypatch, capsys, bad_before):
     """The benchmark: a run's models on a JSONL file, split by split."""
     shutil.copytree(scenes_run[0] / "out", tmp_path / "out")
@@ -198,7 +192,6 @@ def test_own_images_without_targets_say_that_there_is_nothing_to_point_at(here, 
     assert Path("out/plain/grounding.png").exists() and not Path("out/plain/worst.png").exists()
 
 
-@pytest.mark.xfail(reason="hist.py: a ValueError of parse.read_parses ends in a traceback")
 def test_parses_of_another_parser_are_named_where_they_are_wrong(here, capsys):
     own_folder(here)
     row = (
@@ -324,6 +317,7 @@ def test_hist_py_needs_no_tests(tmp_path):
     "command, what",
     [
         ("--levels caption,phrases", "--levels"),
+        ("--levels composition", "--levels composition"),
         ("--batch-size 0", "--batch-size"),
         ("--steps -1", "--steps"),
         ("--steps many", "--steps"),
