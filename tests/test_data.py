@@ -40,6 +40,7 @@ def test_coco_layout(here):
     assert train[0]["targets"] == [] and train[0]["split"] == "train"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pycocotools' own
 def test_masks_are_pycocotools_own():
     mask = pytest.importorskip("pycocotools.mask")
     rng = np.random.default_rng(0)
@@ -187,6 +188,7 @@ def test_every_tenth_is_held_out_where_no_line_says_so(here, capsys, n, train, h
     Path("plain.jsonl").write_text("\ufeff" + "\n".join(rows), encoding="utf-8")
     one, other = hist.read_jsonl("plain.jsonl")
     assert (len(one), len(other)) == (train, held_out)
+    assert {r["split"] for r in one} == {"train"} and {r["split"] for r in other} == {"val"}
     said = [r["captions"][0] for r in one + other]
     assert sorted(said, key=int) == [str(i) for i in range(n)]
     assert "held out" in capsys.readouterr().out

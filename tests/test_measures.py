@@ -265,6 +265,12 @@ def test_each_split_by_itself_with_val_s_threshold(monkeypatch):
     for split, images in (("val", 1), ("a", 2), ("b", 1)):
         counts = {name: results[split][name] for name in ("images", "phrases", "pairs")}
         assert counts == {"images": images, "phrases": 5, "pairs": images}
+    two = [record("x", split="val"), record("y", split="val")]
+    marks = iter([3, 7])
+    halves = [pair(r, next(marks)) for r in two]
+    monkeypatch.setattr(hist, "measure_maps", lambda *a: ({"pointing_phrases": [1]}, halves))
+    by_itself, _ = hist.evaluate(torch.nn.Identity(), None, two, options())
+    assert by_itself["val"]["multi_object_iou"] == pytest.approx(0.1)  # val is halved too
     assert [results[split]["r1"] for split in ("val", "a", "b")] == [1, 2, 1]
     assert results["a"]["multi_object_iou"] == pytest.approx(0.9)  # val's best threshold
     assert results["b"]["multi_object_iou"] == pytest.approx(0.1) and len(pairs) == 4

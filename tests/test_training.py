@@ -120,9 +120,8 @@ def told(monkeypatch):
         keys = [image.float().sum().item() for image in images]
         (rate,) = {group["lr"] for group in optimizer.param_groups}
         row = dict(rate=rate, hardness=hardness, composition=composition, levels=levels)
-        row |= dict(
-            images=keys, teacher=teacher, start=model.state_dict()["match_head.bias"].clone()
-        )
+        row |= dict(images=keys, teacher=teacher, draw=torch.rand(()).item())
+        row["start"] = model.state_dict()["match_head.bias"].clone()
         rows.append(row)
         with torch.no_grad():
             model.match_head.bias += 1  # so that weights tell how many steps they have seen
@@ -162,6 +161,9 @@ def test_a_run_step_by_step(here, told):
     assert column(baseline, "images") == column(full, "images")
     in_order = [samples[i]["image"].float().sum().item() for i in range(40)]
     assert sum(column(base, "images") + column(full, "images"), []) == in_order
+    # each step draws its own negatives, the same for both
+    assert column(baseline, "draw") == column(full, "draw")
+    assert len(set(column(base + full, "draw"))) == 20
     # both start from the base's weights
     begun = told[0]["start"]
     for rows, steps in ((base, 0), (baseline, 12), (full, 12)):
