@@ -35,7 +35,6 @@ from pathlib import Path
 from pickle import PickleError
 
 import numpy as np
-import parse
 import timm
 import timm.data
 import torch
@@ -47,6 +46,8 @@ from matplotlib.figure import Figure  # no pyplot: it would choose a backend for
 from PIL import Image, ImageColor, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
+import parse
 
 RANK = int(os.environ.get("RANK", 0))  # this process, and of how many: torchrun sets them
 WORLD = int(os.environ.get("WORLD_SIZE", 1))

@@ -1,4 +1,5 @@
-"""tutorial.ipynb: runs from top to bottom, its checks take what is right and refuse what is wrong, and it is stored as a reader wants it."""
+"""tutorial.ipynb: runs from top to bottom, its checks take what is right and refuse what is wrong,
+and it is stored as a reader wants it."""
 
 import json
 import os
@@ -28,7 +29,8 @@ PARTS = [
     "What none of this shows",
 ]
 
-# For each exercise a plausible wrong answer, and a word that the sentence must have by which the check refuses it.
+# For each exercise a plausible wrong answer, and what the sentence must have by which the check
+# refuses it.
 WRONG = {
     "pointing": (
         "lambda heat, region: bool(heat[region].sum() > heat[~region].sum())",
@@ -44,7 +46,8 @@ WRONG = {
         "no pair",
     ),
     "shape": (
-        "lambda texts, side, patch, heads: (len(texts), heads, max(len(t.split()) for t in texts), (side // patch) ** 2)",
+        "lambda texts, side, patch, heads: (len(texts), heads, max(len(t.split()) for t "
+        "in texts), (side // patch) ** 2)",
         "axis L",
     ),
     "one_way": (
@@ -52,15 +55,18 @@ WRONG = {
         "two rows that share two texts",
     ),
     "mlm": (
-        "lambda logits, labels: F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)",
+        "lambda logits, labels: F.cross_entropy(logits.flatten(0, 1), labels.flatten(), "
+        "ignore_index=-100)",
         "nan",
     ),
     "attention": (
-        "lambda q, k, v, keep: ((A := (q @ k.transpose(-2, -1)).masked_fill(~keep[:, None, None, :], -torch.inf).softmax(-1)) @ v, A)",
+        "lambda q, k, v, keep: ((A := (q @ k.transpose(-2, -1)).masked_fill(~keep[:, "
+        "None, None, :], -torch.inf).softmax(-1)) @ v, A)",
         "root of d",
     ),
     "grad_cam": (
-        "lambda A, gradient, mask, grid, prefix: ((A * gradient).mean(1) * mask[..., None]).sum(1).div(mask.sum(1, keepdim=True))"
+        "lambda A, gradient, mask, grid, prefix: ((A * gradient).mean(1) * mask[..., "
+        "None]).sum(1).div(mask.sum(1, keepdim=True))"
         "[:, prefix:].reshape(-1, *grid)",
         "ReLU",
     ),
@@ -69,11 +75,13 @@ WRONG = {
         "describe",
     ),
     "negatives": (
-        "lambda positives: (torch.multinomial((~torch.eye(*positives.shape, dtype=torch.bool)).float(), 1)[:, 0], (~positives).any(1))",
+        "lambda positives: (torch.multinomial((~torch.eye(*positives.shape, "
+        "dtype=torch.bool)).float(), 1)[:, 0], (~positives).any(1))",
         "a false one",
     ),
     "composition": (
-        "lambda part1, part2, whole: (lambda n: (n(whole) - n(part1.detach() + part2.detach())).abs().sum((1, 2)).mean())"
+        "lambda part1, part2, whole: (lambda n: (n(whole) - n(part1.detach() + "
+        "part2.detach())).abs().sum((1, 2)).mean())"
         "(lambda M: M / M.sum((1, 2), keepdim=True))",
         "before they are added",
     ),
@@ -82,7 +90,8 @@ WRONG = {
         "side to detach",
     ),
     "iou": (
-        "lambda heat, union, fraction: ((heat >= fraction) & union).sum() / ((heat >= fraction) | union).sum()",
+        "lambda heat, union, fraction: ((heat >= fraction) & union).sum() / ((heat >= "
+        "fraction) | union).sum()",
         "maximum",
     ),
     "recall": ("lambda similarity, owner: (similarity.argmax(0) == owner).float().mean()", "a row"),
@@ -91,12 +100,14 @@ WRONG = {
         "different factors",
     ),
     "record": (
-        "lambda name, caption, phrase, coco_box: json.dumps({'image': name, 'captions': [caption], 'split': 'val',"
+        "lambda name, caption, phrase, coco_box: json.dumps({'image': name, 'captions': "
+        "[caption], 'split': 'val',"
         " 'targets': [{'phrase': phrase, 'boxes': [coco_box]}]})",
         "corners",
     ),
     "interval": (
-        "lambda a, b, t=2.776: (b.mean() - a.mean(), t * np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / len(a)))",
+        "lambda a, b, t=2.776: (b.mean() - a.mean(), t * np.sqrt((a.var(ddof=1) + "
+        "b.var(ddof=1)) / len(a)))",
         "differences first",
     ),
 }
@@ -122,7 +133,8 @@ def stored():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The notebook after a run in the short setting, and for each exercise what its check said of the wrong answer."""
+    """The notebook after a run in the short setting, and for each exercise what its check said of
+    the wrong answer."""
     folder, notebook = tmp_path_factory.mktemp("tutorial"), nbformat.read(STORED, as_version=4)
     for name in ("hist.py", "parse.py"):
         shutil.copy(ROOT / name, folder)
@@ -240,9 +252,10 @@ def test_it_is_stored_with_the_outputs_of_a_full_run(stored):
         for output in outputs
         if output.output_type == "error" or output.get("name") == "stderr"
     ]
-    # a machine that others use too is slow by the clock; a run in the short setting says that it is short
+    # A machine that others use too is slow by the clock; a run in the short setting says so.
     spent = re.fullmatch(
-        r"[\d.]+ minutes by the clock, in which this process had a core for ([\d.]+); threads: (\d+)",
+        r"[\d.]+ minutes by the clock, in which this process had a core for ([\d.]+); "
+        r"threads: (\d+)",
         text_of(code[-1]).strip(),
     )
     assert spent and float(spent[1]) / int(spent[2]) <= 15
@@ -273,13 +286,12 @@ def test_its_first_cell_fetches_what_is_missing(stored, tmp_path):
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "all"]):
         subprocess.run(git + command, check=True)
     script.write_text(code.source + "\nimport parse; print(parse.__file__)")
-    start = lambda where, address: subprocess.run(
-        [sys.executable, str(script)],
-        cwd=where,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HIST_REPOSITORY": address},
-    )
+
+    def start(where, address):
+        environment = {**os.environ, "HIST_REPOSITORY": address}
+        command = [sys.executable, str(script)]
+        return subprocess.run(command, cwd=where, capture_output=True, text=True, env=environment)
+
     unset, unreachable = start(empty, ""), start(empty, str(tmp_path / "nowhere"))
     assert (
         "write into REPOSITORY" in unset.stderr
