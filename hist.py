@@ -135,8 +135,7 @@ def split_words(text):
 
 def pad(rows, value=0):
     """Lists of numbers as one tensor (n, longest)."""
-    rows = [torch.tensor(row) for row in rows]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value)
 
 
 class Tokenizer:
@@ -236,12 +235,7 @@ class Samples(Dataset):
     def __init__(self, records, tokenizer, options, skipped):
         self.records, self.tokenizer = records, tokenizer
         self.options, self.skipped = options, skipped
-        self.given = {}
-        if options.parses:
-            try:
-                self.given = parse.read_parses(options.parses)
-            except ValueError as error:
-                raise UserError(f"--parses {error}") from error
+        self.given = read_given(options.parses)  # {caption: its phrases}, of another parser
 
     def __len__(self):
         return len(self.records)
@@ -305,13 +299,6 @@ def collate(samples):
                 values = pad(values, -100 if name == "labels" else Tokenizer.pad_id)
             batch[part][name] = torch.as_tensor(values)
     return batch
-
-
-def to_device(batch, device):
-    """A batch with its tensors on the device."""
-    if isinstance(batch, dict):
-        return {name: to_device(value, device) for name, value in batch.items()}
-    return batch.to(device, non_blocking=True)
 
 
 # -------------------------------------------------------------------------------------- model
@@ -443,14 +430,12 @@ class ALBEF(nn.Module):
     def language_loss(self, text, image_kv):
         """MLM of a level's texts, each with its own image: the masked words from the others."""
         T, mask, _ = self.encode_text(text["masked"])
-        states, _ = self.fuse(T, mask, image_kv)
-        return mlm_loss(self.word_head(states), text["labels"])
+        return mlm_loss(self.word_head(self.fuse(T, mask, image_kv)[0]), text["labels"])
 
     def word_logits(self, ids, place, image_kv):
         """Logits (words,) of what stands at a place of a text (1, L), which is masked there."""
         T, mask, _ = self.encode_text(ids)
-        states, _ = self.fuse(T, mask, image_kv)
-        return self.word_head(states[0, place])
+        return self.word_head(self.fuse(T, mask, image_kv)[0][0, place])
 
     def forward(self, *arguments):
         """hist_losses; DistributedDataParallel wraps forward and nothing else."""
@@ -458,9 +443,8 @@ class ALBEF(nn.Module):
 
 
 class BLIP(ALBEF):
-    """The same parts wired as in arXiv 2201.12086: cross-attention in every text layer, left out
-    for ITC, and a decoder that shares all but self-attention. One [CLS] begins every text and ends
-    a caption; no CapFilt."""
+    """The same parts wired as in arXiv 2201.12086, without CapFilt: cross-attention in every text
+    layer, left out for ITC; a decoder shares all but self-attention. [CLS] begins and ends."""
 
     language = "lm"
 
@@ -472,14 +456,12 @@ class BLIP(ALBEF):
         for decoder_layer, layer in zip(layers, self.fusion_layers):
             for name in ("cross_attention", "cross_norm", "mlp", "mlp_norm"):
                 setattr(decoder_layer, name, getattr(layer, name))
+        self.text_layers = self.fusion_layers
 
     def encode_text(self, ids):
         """As ALBEF's; the tokens to fuse are embeddings, for the layers that encode also fuse."""
-        mask = ids != Tokenizer.pad_id
-        embedded = T = self.embed(ids)
-        for layer in self.fusion_layers:
-            T, _ = layer(T, mask[:, None])
-        return embedded, mask, F.normalize(self.text_projection(T[:, 0]).float(), dim=-1)
+        _, mask, features = super().encode_text(ids)
+        return self.embed(ids), mask, features
 
     def decode(self, ids, image_kv):
         """Logits (n, L, words) of the word after each, from those before it and the image."""
@@ -508,7 +490,6 @@ MODELS = {"albef": ALBEF, "blip": BLIP}
 # ----------------------------------------------------------------------------------- Grad-CAM
 def grad_cam(A, score, mask, grid, prefix=1, create_graph=False):
     """Where a score looks: M = mean over heads and tokens of A * ReLU(ds/dA).
-
     A: cross-attention of one fusion layer (n, heads, L, prefix + patches), in the graph of score.
     score: s, the match logit (n,). mask: (n, L), True for tokens that are not padding. grid:
     (height, width) in patches. create_graph: to differentiate M again, as composition does.
@@ -542,12 +523,10 @@ def find_positives(image_keys, text_keys):
 def itc_loss(image_features, text_features, positives, exists, temperature):
     """Image-text contrast with several positives, both ways (ALBEF, equation 1, with the targets
     of arXiv 2004.11362, L_out): mean cross-entropy to the uniform distribution over positives.
-
     image_features (B, d), text_features (n, d), normalised; positives (B, n) bool; exists (n,)
     bool, whether there is such a text. An image, or a text, without a positive is a negative only.
     """
-    logits = image_features @ text_features.T / temperature
-    logits = logits.masked_fill(~exists, -1e4)
+    logits = (image_features @ text_features.T / temperature).masked_fill(~exists, -1e4)
 
     def one_way(logits, positives):
         count = positives.sum(1)
@@ -586,10 +565,8 @@ def mlm_loss(logits, labels):
 def composition_loss(part1, part2, whole, weight, eps=1e-12):
     """The map of "p1 and p2" is to be the sum of the maps of p1 and p2 (HIST's composition loss):
     || n(M12) - n(n(M1) + n(M2)) ||_1 with n(M) = M / sum M.
-
     part1, part2, whole: Grad-CAM maps (n, height, width) >= 0; weight (n,): how far to trust each
     pair. The parts are detached: the composite learns from them, not they from it, or all vanish.
-    Returns the mean by weight, 0 to 2.
     """
 
     def normalise(M):
@@ -621,7 +598,7 @@ def level_losses(model, image_features, image_kv, text, language, hardness):
     texts, images = torch.cat([own, own, wrong_text]), torch.cat([own, wrong_image, own])
     kv = [keys_values.index_select(1, images) for keys_values in image_kv]
     logits, _ = model.match(T[texts], mask[texts], kv)
-    labels = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])
+    labels = torch.tensor([1, 0, 0], device=own.device).repeat_interleave(len(own))
     weight = torch.cat([exists, found_image & exists, found_text & exists])
     losses["itm"] = itm_loss(logits, labels, weight)
 
@@ -633,7 +610,6 @@ def level_losses(model, image_features, image_kv, text, language, hardness):
 def composition_losses(model, teacher, V, pair, cam_layer):
     """The composition loss; and figures that show a collapse which the loss would reward: map_mass
     (sum of the composite's M), map_entropy (1: flat), trust (the pairs' weight).
-
     The parts' maps are the teacher's, frozen, on the image tokens V (B, N, D) of the model in
     training: with the model's own, they flatten along with the composite's.
     """
@@ -642,8 +618,9 @@ def composition_losses(model, teacher, V, pair, cam_layer):
         teacher_kv = teacher.project_image(V.detach())
         part1, match1 = locate(teacher, pair["part1"], teacher_kv, cam_layer)
         part2, match2 = locate(teacher, pair["part2"], teacher_kv, cam_layer)
-        image_kv = model.project_image(V)
-        whole, _ = locate(model, pair["whole"], image_kv, cam_layer, create_graph=True)
+        whole, _ = locate(
+            model, pair["whole"], model.project_image(V), cam_layer, create_graph=True
+        )
         weight = match1 * match2 * pair["exists"]
         loss = composition_loss(part1, part2, whole, weight)
     mass = whole.detach().sum((1, 2))
@@ -670,7 +647,6 @@ def hist_losses(model, batch, levels, hardness, cam_layer, teacher=None):
 
 
 # ----------------------------------------------------------------------------------- training
-EPOCHS = 10  # of --steps 0
 WEIGHT_DECAY, BETAS = 0.02, (0.9, 0.98)
 WARMUP_STEPS, LEAST_RATE = 100, 0.01  # the last rate, as a share of its peak
 FINE_TUNING_RATE = 0.5  # the peak of what goes on from a base, as a share of --lr
@@ -715,32 +691,9 @@ def loader(samples, options, first, last):
     process has its own slice of a step's images."""
     size = options.batch_size // (options.accumulate * WORLD)
     positions = [p for p in range(first, last) if p // size % WORLD == RANK]
-    on_gpu, workers = options.device == "cuda", options.workers
-    how = dict(num_workers=workers, pin_memory=on_gpu, worker_init_fn=ignore_interrupt)
-    return DataLoader(samples, size, sampler=positions, collate_fn=collate, **how)
-
-
-def start_training(path, samples, options, base_steps):
-    """(model, teacher, optimizer, steps done, seconds) of a training: with --resume as its own
-    checkpoint has them; or from the base, where it goes on from one; or from scratch."""
-    torch.manual_seed(options.seed)
-    resumed = options.resume and path.exists()
-    if resumed or base_steps:
-        source = path if resumed else path.with_name("base.pt")
-        model, tokenizer, state = read_checkpoint(source, options)
-        insist(
-            tokenizer.words == samples.tokenizer.words, f"{source}: of other captions than these"
-        )
-    else:
-        model = MODELS[options.base](options, samples.tokenizer).to(options.device)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, betas=BETAS)
-    if not resumed:
-        return model, None, optimizer, 0, 0.0
-    optimizer.load_state_dict(state["optimizer"])
-    teacher = make_teacher(model) if state["teacher"] else None
-    if teacher:
-        teacher.load_state_dict(state["teacher"])
-    return model, teacher, optimizer, state["step"], state["seconds"]
+    how = dict(num_workers=options.workers, pin_memory=options.device == "cuda")
+    how |= dict(collate_fn=collate, worker_init_fn=start_worker)
+    return DataLoader(samples, size, sampler=positions, **how)
 
 
 def train_step(model, teacher, batches, optimizer, options, levels, hardness, composition):
@@ -767,7 +720,6 @@ def train_step(model, teacher, batches, optimizer, options, levels, hardness, co
 
 def train(name, levels, samples, options, steps):
     """Train one model with these levels, and return it and the seconds that took.
-
     "base" begins from scratch. With --base-steps all others go on from its weights, with the images
     after its own: they start alike and see the same images and captions in the same order. Writes
     OUT/name.pt and a line a step into OUT/metrics.jsonl.
@@ -776,9 +728,8 @@ def train(name, levels, samples, options, steps):
     base_steps = 0 if name == "base" else options.base_steps
     peak = options.lr * (FINE_TUNING_RATE if base_steps else 1)
     model, teacher, optimizer, start, seconds = start_training(path, samples, options, base_steps)
-    wrapped = model
-    if WORLD > 1:
-        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    ddp = partial(nn.parallel.DistributedDataParallel, find_unused_parameters=True)
+    wrapped = ddp(model) if WORLD > 1 else model
     first, last = ((base_steps + step) * options.batch_size for step in (start, steps))
     batches = iter(loader(samples, options, first, last))
     began = time.time() - seconds
@@ -1516,6 +1467,14 @@ def read_jsonl(path):
     return train, [record for record in records if record["split"] != "train"]
 
 
+def read_given(path):
+    """--parses: {caption: [parse.Phrase, …]}; UserError names a wrong line."""
+    try:
+        return parse.read_parses(path) if path else {}
+    except ValueError as error:
+        raise UserError(f"--parses {error}") from error
+
+
 def load_data(options, skipped):
     """(training records, held-out records) of --data; UserError where too many are unusable."""
     if options.data == "scenes":
@@ -1614,6 +1573,29 @@ def read_checkpoint(path, options):
     return model, tokenizer, state
 
 
+def start_training(path, samples, options, base_steps):
+    """(model, teacher, optimizer, steps done, seconds) of a training: with --resume as its own
+    checkpoint has them; or from the base, where it goes on from one; or from scratch."""
+    torch.manual_seed(options.seed)
+    resumed = options.resume and path.exists()
+    if resumed or base_steps:
+        source = path if resumed else path.with_name("base.pt")
+        model, tokenizer, state = read_checkpoint(source, options)
+        insist(
+            tokenizer.words == samples.tokenizer.words, f"{source}: of other captions than these"
+        )
+    else:
+        model = MODELS[options.base](options, samples.tokenizer).to(options.device)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, betas=BETAS)
+    if not resumed:
+        return model, None, optimizer, 0, 0.0
+    optimizer.load_state_dict(state["optimizer"])
+    teacher = make_teacher(model) if state["teacher"] else None
+    if teacher:
+        teacher.load_state_dict(state["teacher"])
+    return model, teacher, optimizer, state["step"], state["seconds"]
+
+
 def open_metrics(path, name, start):
     """metrics.jsonl to append to, without this training's steps after `start`: a run that was
     killed wrote them, and its last line may be cut short."""
@@ -1626,10 +1608,24 @@ def open_metrics(path, name, start):
     return open(path, "a")
 
 
-def ignore_interrupt(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+def to_device(batch, device):
+    """A batch with its tensors on the device."""
+    if isinstance(batch, dict):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    return batch.to(device, non_blocking=True)
 
 
+def start_worker(number):
+    """Of a process that loads images: Ctrl-C is the main process's to answer, as faults are."""
+
+    def forget(*fault):
+        """What a thread of it meets as the run ends is nobody's concern."""
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = forget
+
+
+EPOCHS = 10  # of --steps 0
 ONCE = ("resume", "eval_only", "ground", "device")  # asked of one command, not kept with a run
 
 
