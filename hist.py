@@ -1069,12 +1069,16 @@ def draw_curves(path):
             points[name][run].append((step, value))
     figure = Figure(figsize=(12, 0.9 * len(points)), layout="constrained")
     axes = figure.subplots(-(-len(points) // 3), 3, squeeze=False)
+    colours = {"base": "C0", "baseline": "C1", "hist": "C2"}
     for ax, (name, runs) in zip(axes.flat, points.items()):
         for run, values in runs.items():
             parts = np.array_split(np.array(values), min(50, len(values)))
-            ax.plot(*np.array([part.mean(0) for part in parts]).T, label=run)
+            means = np.array([part.mean(0) for part in parts])
+            ax.plot(means[:, 0], means[:, 1], color=colours.get(run), label=run)
         ax.set(title=name, xlabel="step")
         ax.legend()
+    for ax in axes.flat[len(points) :]:
+        ax.set_axis_off()
     figure.savefig(path.with_name("curves.png"), dpi=100)
 
 
