@@ -78,8 +78,9 @@ class Options:
     parses: str = option("", "parses to train on in place of parse.py's (see tests/paper/llm.py)")
     base: str = option("albef", "the model: albef, or blip (causal LM in place of MLM)")
     levels: str = option("caption,phrase,subject,composition", "levels that HIST trains with")
-    base_steps: int = option(800, "steps with captions alone, from which every training goes on")
-    steps: int = option(400, "optimiser steps of each training; 0: ten epochs")
+    vit_steps: int = option(300, "steps in which the scenes' ViT learns to name single shapes")
+    base_steps: int = option(400, "steps with captions alone, from which every training goes on")
+    steps: int = option(500, "optimiser steps of each training; 0: ten epochs")
     batch_size: int = option(64, "images a step, over all GPUs")
     accumulate: int = option(1, "parts of a step, to need less memory; ITC contrasts within one")
     lr: float = option(2e-3, "peak learning rate")
@@ -87,11 +88,11 @@ class Options:
     composition_start: float = option(0.66, "share of all steps after which composition begins")
     vit: str = option("scenes", "any timm ViT; scenes: one layer on a convolutional stem")
     pretrained: bool = option(False, "start --vit from timm's pretrained weights")
-    image_size: int = option(48, "side of the square image, pixels")
+    image_size: int = option(60, "side of the square image, pixels")
     width: int = option(64, "width of the text and fusion layers")
-    text_layers: int = option(1, "layers of the text encoder")
-    fusion_layers: int = option(2, "layers in which text attends to the image")
-    cam_layer: int = option(1, "fusion layer that Grad-CAM reads, 0 the first")
+    text_layers: int = option(2, "layers of the text encoder")
+    fusion_layers: int = option(1, "layers in which text attends to the image")
+    cam_layer: int = option(0, "fusion layer that Grad-CAM reads, 0 the first")
     vocab_size: int = option(10_000, "words kept, most frequent first; the rest are [UNK]")
     eval_images: int = option(500, "held-out images to evaluate on, a split; 0: all")
     save_every: int = option(200, "steps between checkpoints")
@@ -111,15 +112,14 @@ ON_CPU = dict(vit="vit_tiny_patch16_224", image_size=160, width=192, text_layers
 
 def presets(data, base):
     """Defaults for data other than the scenes, and for BLIP, whose text layers all fuse."""
-    preset = {"text_layers": 1, "fusion_layers": 2, "out": f"out/{Path(data).stem}"}
+    preset = {"text_layers": 2, "fusion_layers": 1, "out": f"out/{Path(data).stem}"}
     if data != "scenes":
         preset |= PHOTOGRAPHS | (ON_GPU if torch.cuda.is_available() else ON_CPU)
         preset["fusion_layers"] = preset["text_layers"]
     if base == "blip":
         preset["fusion_layers"] += preset["text_layers"]
         preset |= {"text_layers": 0, "out": preset["out"] + "-blip"}
-    if data != "scenes" or base == "blip":
-        preset["cam_layer"] = (preset["fusion_layers"] - 1) // 2  # as ALBEF: the third of six
+    preset["cam_layer"] = (preset["fusion_layers"] - 1) // 2  # as ALBEF: the third of six
     return preset
 
 
@@ -696,10 +696,16 @@ def loader(samples, options, first, last):
     return DataLoader(samples, size, sampler=positions, **how)
 
 
+def loss_weights(levels, composition):
+    """The weights that are not 1: composition's, lambda, and that of matching captions, as many as
+    levels are matched: phrases and subjects, which are easier, would take the match head over."""
+    return {"composition": composition, "caption_itm": len(LEVELS.keys() & levels)}
+
+
 def train_step(model, teacher, batches, optimizer, options, levels, hardness, composition):
     """One step: {loss, figure or "gradient", its norm: value}. Where the gradient is not finite no
     weight changes. composition: that loss's weight, lambda; a level without weight is not used."""
-    values, weights = Counter(), {"composition": composition}
+    values, weights = Counter(), loss_weights(levels, composition)
     levels = [level for level in levels if weights.get(level, 1) > 0]
     optimizer.zero_grad()
     for part in range(options.accumulate):
@@ -1092,21 +1098,46 @@ def corners(count, *radii):
     return np.resize(radii, count)[:, None] * np.stack([np.sin(angle), -np.cos(angle)], 1)
 
 
-HALF_HEART = [(0, 42), (-42, 0), (-46, -18), (-34, -38), (-16, -38), (0, -20)]
-QUARTER_CROSS = [(-15, -46), (15, -46), (15, -15), (46, -15), (46, 15), (15, 15)]
-SHAPES = {  # polygons in a square from -0.5 to 0.5
-    "circle": corners(40, 0.46),
-    "ring": corners(40, 0.46),  # with a hole
-    "square": np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.42,
-    "diamond": corners(4, 0.48, 0.3),
-    "triangle": corners(3, 0.5),
-    "star": corners(10, 0.5, 0.2),
-    "cross": np.array(QUARTER_CROSS + [(-x, -y) for x, y in QUARTER_CROSS]) / 100,
-    "heart": np.array(HALF_HEART + [(-x, y) for x, y in HALF_HEART[::-1]]) / 100,
+def polygon(numbers):
+    """Points (n, 2) from "x y x y …" in hundredths."""
+    return np.array(numbers.split(), dtype=float).reshape(-1, 2) / 100
+
+
+def mirrored(right):
+    """A polygon (2 n, 2) from its right half (n, 2), which goes from top to bottom."""
+    return np.concatenate([right, right[::-1] * (-1, 1)])
+
+
+HALVES = {  # the the right half of what its mirror image completes
+    "square": "42 -42 42 42",
+    "heart": "0 -20 16 -38 34 -38 46 -18 42 0 0 42",
+    "cross": "15 -46 15 -15 46 -15 46 15 15 15 15 46",
+    "arrow": "0 -50 44 -4 16 -4 16 48",
+    "house": "0 -48 48 -5 34 -5 34 46",
+    "tree": "0 -50 42 18 9 18 9 48",
+    "bar": "48 -14 48 14",
+    "hourglass": "42 -46 5 0 42 46",
+    "crown": "0 -40 18 0 46 -34 38 40",
+    "mushroom": "12 -44 38 -30 48 2 14 2 14 46",
+    "cup": "46 -40 30 10 7 22 7 36 30 46",
+    "bell": "8 -48 24 -34 30 14 48 36 12 36 10 48",
+    "comb": "46 -40 46 40 28 40 28 -10 9 -10 9 40",
 }
+OUTLINES = {
+    "boat": "-6 -50 32 6 2 6 2 14 48 14 30 44 -30 44 -48 14 -6 14",
+    "bolt": "10 -50 -34 8 -4 8 -12 50 34 -10 4 -10",
+    "flag": "-40 -48 46 -25 -26 -2 -26 48 -40 48",
+    "fish": "-48 -30 -20 -8 8 -32 48 0 8 32 -20 8 -48 30",
+    "stairs": "-46 46 -46 -46 -15 -46 -15 -15 15 -15 15 15 46 15 46 46",
+}
+ROUND = {"circle": (40, 0.46), "ring": (40, 0.46), "moon": (40, 0.46), "triangle": (3, 0.5)}
+ROUND |= {"star": (10, 0.5, 0.2), "diamond": (4, 0.48, 0.3)}
+SHAPES = {name: corners(*form) for name, form in ROUND.items()}  # in a square from -0.5 to 0.5
+SHAPES |= {name: polygon(numbers) for name, numbers in OUTLINES.items()}
+SHAPES |= {name: mirrored(polygon(numbers)) for name, numbers in HALVES.items()}
+HOLES = {"ring": (0.27, 0.27, 0.73, 0.73), "moon": (0.3, -0.05, 1, 0.65)}  # ellipses, x0 y0 x1 y1
 KINDS = list(itertools.product(COLOURS, SHAPES))
 UNSEEN = set(KINDS[::5])  # in held-out scenes only
-COUNT = ("no", "one", "two", "three", "four")
 Thing = namedtuple("Thing", "colour shape size x y")  # in a square of size pixels, corner at x, y
 
 
@@ -1119,26 +1150,27 @@ def place_things(rng, side, wanted, unseen):
         colour, shape = rng.choice(KINDS)
         if things and rng.random() < 0.5:
             colour, shape = rng.choice([(things[0].colour, shape), (colour, things[0].shape)])
-        size = int(side * 0.2 * 2.5 ** rng.random())
+        size = int(side * 0.15 * 2.5 ** rng.random())
         x, y = rng.randint(0, side - size), rng.randint(0, side - size)
         square = taken[max(0, y - 1) : y + size + 1, max(0, x - 1) : x + size + 1]
-        if len(things) < wanted and (colour, shape) not in used and not square.any():
+        if (colour, shape) not in used and not square.any():
             things.append(Thing(colour, shape, size, x, y))
             used.add((colour, shape))
             square[:] = True
+        if len(things) == wanted:
+            break
     return things
 
 
 def coverage(thing, side):
     """How much of each pixel a Thing covers: (side, side) in [0, 1], drawn at four times that."""
     big = Image.new("L", (4 * side, 4 * side))
-    x, y, size = 4 * thing.x, 4 * thing.y, 4 * thing.size
-    points = (SHAPES[thing.shape] + 0.5) * size + (x, y)
-    draw = ImageDraw.Draw(big)
+    draw, corner, size = ImageDraw.Draw(big), np.array([4 * thing.x, 4 * thing.y]), 4 * thing.size
+    points = (SHAPES[thing.shape] + 0.5) * size + corner
     draw.polygon([tuple(point) for point in points], fill=255)
-    if thing.shape == "ring":
-        hole = (x + 0.27 * size, y + 0.27 * size, x + 0.73 * size, y + 0.73 * size)
-        draw.ellipse(hole, fill=0)
+    if thing.shape in HOLES:
+        hole = np.array(HOLES[thing.shape]) * size + np.tile(corner, 2)
+        draw.ellipse(tuple(hole), fill=0)
     return np.float32(big.resize((side, side), Image.Resampling.BOX)) / 255
 
 
@@ -1161,16 +1193,17 @@ def relation(one, two, rng):
     return rng.choice((exact, exact, "next to", "and", "with", "near"))
 
 
-LISTS = (  # of one to three things; {where}: the relation of the first two
+LISTS = (  # of one to four things; {where}: the relation of the first two
     ("{0}", "there is {0}", "a picture of {0}"),
     ("{0} {where} {1}", "there is {0} {where} {1}", "a picture of {0} {where} {1}"),
     ("{0}, {1} and {2}", "{0} {where} {1} and {2}", "{0} {where} {1}, with {2}"),
+    ("{0}, {1}, {2} and {3}", "{0} {where} {1}, {2} and {3}", "{0} {where} {1}, with {2} and {3}"),
 )
 
 
 def describe(rng, things, side):
-    """A true caption of one to four things, and the phrases that it says: "two shapes: a small red
-    circle above a blue star", "a pink ring and the star is blue"."""
+    """A true caption of some of the things, and [(phrase, number of its thing), …] that it says: "a
+    small red circle above a blue star", "a pink ring and the star is blue"."""
     *others, last = rng.sample(things, len(things))
     clauses = []
     if last in alone(things, "shape"):
@@ -1178,21 +1211,18 @@ def describe(rng, things, side):
     if last in alone(things, "colour"):
         clauses.append([f"the {last.colour} shape", with_article(last.shape)])
     clause = rng.choice(clauses) if clauses and rng.random() < 0.5 else []
-    listed = (others if clause else [*others, last])[: rng.randint(1 if clause else 2, 3)]
+    listed = (others if clause else [*others, last])[: rng.randint(1 if clause else 2, 4)]
     said = []
     for thing in listed:
-        size = (
-            "small " if thing.size < 0.27 * side else "large " if thing.size > 0.38 * side else ""
-        )
-        size = size if rng.random() < 0.4 else ""
-        said.append(with_article(f"{size}{thing.colour} {thing.shape}"))
+        words = [thing.colour, thing.shape]
+        if rng.random() < 0.4 and not 0.2 < thing.size / side < 0.28:
+            words.insert(0, "small" if thing.size < 0.2 * side else "large")
+        said.append((with_article(" ".join(words)), things.index(thing)))
     where = relation(*listed[:2], rng) if len(listed) > 1 else ""
-    parts = [rng.choice(LISTS[len(listed) - 1]).format(*said, where=where)] if listed else []
+    names = [phrase for phrase, _ in said]
+    parts = [rng.choice(LISTS[len(listed) - 1]).format(*names, where=where)] if listed else []
     caption = " and ".join(parts + [" is ".join(clause)] * bool(clause))
-    said += [part for part in clause if " " in part]
-    if listed and caption.startswith(said[0]) and rng.random() < 0.4:
-        said.insert(0, f"{COUNT[len(things)]} shapes")
-        caption = f"{said[0]}: {caption}"
+    said += [(part, things.index(last)) for part in clause if " " in part]
     return caption, said
 
 
@@ -1201,20 +1231,19 @@ def ask(rng, things):
     true: of a kind that is there, and of one that is not but shares a colour or shape with it."""
     there = [thing[:2] for thing in things]
     absent = [kind for kind in KINDS if kind not in there and set(kind) & set(there[0])]
-    asked = [
-        ("is_there", with_article(" ".join(there[0])), ("no", "yes"), "yes"),
-        ("is_there", with_article(" ".join(rng.choice(absent))), ("no", "yes"), "no"),
-    ]
-    for thing in alone(things, "shape")[:1]:
-        asked.append(("colour", f"the {thing.shape} is [MASK]", COLOURS, thing.colour))
-    for thing in alone(things, "colour")[:1]:
-        asked.append(("shape", f"the {thing.colour} shape is a [MASK]", SHAPES, thing.shape))
-    if len(things) > 1:
-        asked.append(("count", "[MASK] shapes", COUNT[2:], COUNT[len(things)]))
+
+    def question(kind, text, choices, right):
+        return {"kind": kind, "text": text, "choices": list(choices), "answers": [right]}
+
     questions = []
-    for kind, text, choices, right in asked:
-        question = {"kind": kind, "text": text, "choices": list(choices), "answers": [right]}
-        questions.append(question)
+    for kind, right in ((there[0], "yes"), (rng.choice(absent), "no")):
+        questions.append(question("is_there", with_article(" ".join(kind)), ("no", "yes"), right))
+    for thing in alone(things, "shape")[:1]:
+        text = f"the {thing.shape} is [MASK]"
+        questions.append(question("colour", text, COLOURS, thing.colour))
+    for thing in alone(things, "colour")[:1]:
+        text = f"the {thing.colour} shape is a [MASK]"
+        questions.append(question("shape", text, SHAPES, thing.shape))
     return questions
 
 
@@ -1228,7 +1257,7 @@ def draw_scene(rng, side, wanted, unseen):
         covered = coverage(thing, side)
         ink = np.float32([value + rng.gauss(0, 12) for value in ImageColor.getrgb(thing.colour)])
         image += covered[..., None] * (ink - image)
-        mask = covered > 0.5
+        mask = covered >= covered.max() / 2
         ys, xs = np.nonzero(mask)
         box = [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]
         tags = [f"shared_{w}" for w in ("colour", "shape") if thing not in alone(things, w)]
@@ -1241,9 +1270,8 @@ def draw_scene(rng, side, wanted, unseen):
 
 
 class Scenes:
-    """n scenes, drawn on demand by number, seed and name: no two sets share a scene. In training
-    the first 16,000 have one object, 16,000 later there may be two, and so on to four: shapes are
-    learnt one by one. held_out: two to four objects, and UNSEEN pairs too."""
+    """n scenes of three to six objects, drawn on demand by number, seed and name: no two sets share
+    a scene. held_out: with UNSEEN kinds too."""
 
     def __init__(self, n, options, name, held_out):
         self.n, self.side, self.held_out = n, options.image_size, held_out
@@ -1254,8 +1282,33 @@ class Scenes:
 
     def __getitem__(self, i):
         rng = random.Random(f"{self.stream} {i}")
-        few, many = (2, 4) if self.held_out else (1, min(4, 1 + i // 16_000))
-        return draw_scene(rng, self.side, rng.randint(few, many), self.held_out)
+        return draw_scene(rng, self.side, rng.randint(3, 6), self.held_out)
+
+
+def name_shapes(model, options):
+    """What ImageNet is to ALBEF's image encoder: the model's learns to name the shape of the one
+    object of a scene, and the head it names with is thrown away. Kept in OUT/vit.pt."""
+    path, shapes = Path(options.out) / "vit.pt", list(SHAPES)
+    if not path.exists():
+        head = nn.Linear(model.vit.embed_dim, len(shapes)).to(options.device)
+        weights = [*model.vit.parameters(), *head.parameters()]
+        optimizer = torch.optim.AdamW(weights, weight_decay=WEIGHT_DECAY, betas=BETAS)
+        steps = options.vit_steps
+        for step in tqdm(range(steps), "vit", unit="step", disable=RANK > 0):
+            images, named = [], []
+            for number in range(step * options.batch_size, (step + 1) * options.batch_size):
+                rng = random.Random(f"{options.seed} one {number}")
+                scene = draw_scene(rng, options.image_size, 1, False)
+                images.append(read_image(scene["image"], options.image_size))
+                named.append(shapes.index(scene["targets"][0]["phrase"].split()[-1]))
+            _, V = model.encode_image(torch.stack(images).to(options.device))
+            loss = F.cross_entropy(head(V.amax(1)), torch.tensor(named, device=options.device))
+            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, options.lr)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        write_whole(path, model.vit.state_dict())
+    model.vit.load_state_dict(torch.load(path, map_location=options.device, weights_only=True))
 
 
 def scenes_vit(options):
@@ -1590,6 +1643,8 @@ def start_training(path, samples, options, base_steps):
         )
     else:
         model = MODELS[options.base](options, samples.tokenizer).to(options.device)
+        if options.data == "scenes":
+            name_shapes(model, options)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, betas=BETAS)
     if not resumed:
         return model, None, optimizer, 0, 0.0
@@ -1742,7 +1797,9 @@ def prepare(options):
     MODELS[options.base](options, tokenizer)  # options that build no model stop here
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
-        for old in ("base.pt", "baseline.pt", "hist.pt", "metrics.jsonl") if fresh else ():
+        for old in (
+            ("vit.pt", "base.pt", "baseline.pt", "hist.pt", "metrics.jsonl") if fresh else ()
+        ):
             (out / old).unlink(missing_ok=True)
         kept = {name: value for name, value in asdict(options).items() if name not in ONCE}
         write_whole(out / "options.json", json.dumps(kept, indent=1))

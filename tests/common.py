@@ -14,7 +14,10 @@ import hist
 ROOT = Path(__file__).resolve().parents[1]
 COCO_MINI = ROOT.parent / "shared" / "coco-mini"
 SMALL = "--batch-size 8 --width 32 --device cpu".split()
-SCENES = [*SMALL, *"--image-size 24 --base-steps 0 --steps 6 --eval-images 12".split()]
+SCENES = [
+    *SMALL,
+    *"--vit-steps 2 --image-size 24 --base-steps 0 --steps 6 --eval-images 12".split(),
+]
 PHOTOS = [*SMALL, *"--image-size 32 --vit vit_tiny_patch16_224 --text-layers 1".split()]
 PHOTOS += "--fusion-layers 2 --cam-layer 0 --workers 0 --steps 4 --eval-images 0".split()
 WRITTEN = {"metrics.jsonl", "results.json", "options.json", "baseline.pt", "hist.pt"}
@@ -22,8 +25,10 @@ WRITTEN |= {"grounding.png", "worst.png", "curves.png"}
 
 
 def options(**changes):
-    """Options of a tiny model of the scenes."""
-    return hist.Options(**{"device": "cpu", "width": 32, "image_size": 24, **changes})
+    """Options of a tiny model of the scenes, with a fusion layer before the one that is read."""
+    tiny = {"device": "cpu", "width": 32, "image_size": 24, "vit_steps": 2}
+    tiny |= {"text_layers": 1, "fusion_layers": 2, "cam_layer": 1}
+    return hist.Options(**tiny | changes)
 
 
 def record(captions, shade=0, side=24, **more):

@@ -45,7 +45,7 @@ def test_scenes(scenes_run):
     folder, done = scenes_run
     assert done.returncode == 0, done.stderr
     out = folder / "out/scenes"
-    assert {path.name for path in out.iterdir()} == WRITTEN
+    assert {path.name for path in out.iterdir()} == WRITTEN | {"vit.pt"}
     results = json.loads((out / "results.json").read_text())
     assert list(results) == ["baseline", "hist"]
     rows = [line.split() for line in done.stdout.splitlines()]
@@ -218,8 +218,8 @@ def test_blip(here, capsys):
 def test_presets(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     scenes = hist.parse_options([])
-    assert (scenes.text_layers, scenes.fusion_layers, scenes.out) == (1, 2, "out/scenes")
-    assert (scenes.base_steps, scenes.steps, scenes.device) == (800, 400, "cpu")
+    assert (scenes.text_layers, scenes.fusion_layers, scenes.out) == (2, 1, "out/scenes")
+    assert (scenes.base_steps, scenes.steps, scenes.device) == (400, 500, "cpu")
     coco = hist.parse_options(["--data", "coco", "--width", "64"])
     assert coco.vit == "vit_tiny_patch16_224" and coco.out == "out/coco" and coco.width == 64
     assert (coco.base_steps, coco.image_size) == (0, 160)
@@ -307,7 +307,7 @@ def test_hist_py_needs_no_tests(tmp_path):
     how = dict(cwd=tmp_path, capture_output=True, text=True, env=environment)
     done = subprocess.run([sys.executable, "-c", code, *commands], **how)
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in (tmp_path / "out/scenes").iterdir()} == WRITTEN
+    assert {path.name for path in (tmp_path / "out/scenes").iterdir()} == WRITTEN | {"vit.pt"}
     found = {path.name for path in (tmp_path / "out/coco").iterdir()}
     assert found == WRITTEN | {"skipped.jsonl"} and "multi_object_iou" in done.stdout
 

@@ -12,8 +12,10 @@ from PIL import Image
 import hist
 from tests.paper import ablate, caption, choices, cost
 
-TINY = "--base-steps 2 --steps 2 --batch-size 8 --eval-images 8 --device cpu".split()
-SMALL_BLIP = "--base blip --width 32 --fusion-layers 2 --image-size 24 --device cpu".split()
+TINY = "--vit-steps 2 --base-steps 2 --steps 2 --batch-size 8 --eval-images 8 --device cpu".split()
+SMALL_BLIP = (
+    "--base blip --vit-steps 2 --width 32 --fusion-layers 2 --image-size 24 --device cpu".split()
+)
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +52,11 @@ def test_table_by_hand():
             seed[row] = {"vqa": vqa, "vqa_chance": 0.3, "seconds": 7, "phrases": 9, "steps": 2}
         seed["all"]["vqa"] = vqa + more
         seeds.append(seed)
-    table = rows_of(ablate.table(seeds))
+    seeds[0]["caption, same time"]["vqa"] = 0.52
+    main, gains = ablate.table(seeds).split("\n\n")
+    table, gains = rows_of(main), rows_of(gains)
     assert table[""] == [*ablate.ROWS, "chance"]
+    assert gains["vqa"] == ["+4.0 [-1.0, +9.0]", "+3.3 [-4.3, +10.9]"]  # 0, 4, 6: sd 3.06
     assert set(table) == {"", "---", "vqa", "seconds"}
     named = dict(zip(table[""], table["vqa"]))
     assert named["caption"] == "60.0 ± 10.0"
@@ -59,7 +64,36 @@ def test_table_by_hand():
     assert named["chance"] == "30.0"
     assert table["seconds"][0] == "7.0 ± 0.0"
     one = rows_of(ablate.table(seeds[:1]))
-    assert one["vqa"][0] == "50.0"
+    assert one["vqa"][:2] == ["+2.0", "+0.0"]  # the last table's: gains
+
+
+def test_where_a_point_lies():
+    """Boxes in an image of 48 pixels, where 4 beside an object are still beside it."""
+    cat, dog = {"boxes": [[10, 10, 20, 20]]}, {"boxes": [[22, 10, 30, 20], [40, 40, 44, 44]]}
+    points = {(10, 19): "own", (20, 12): "beside", (22, 12): "other", (41, 43): "other"}
+    points |= {(15, 23): "beside", (15, 24): "elsewhere", (0, 0): "elsewhere"}
+    for (x, y), expected in points.items():
+        assert ablate.where(x, y, cat, [cat, dog], 48) == expected
+
+
+def test_maps_that_know_point_at_what_captions_say(monkeypatch):
+    """Maps that are right about what a caption says, and point at the first object otherwise."""
+    options = hist.Options(device="cpu")
+    records = [hist.Scenes(10, options, "said", True)[i] for i in range(6)]
+    by_pixels = {record["image"].tobytes(): record for record in records}
+
+    def maps_of(model, tokenizer, image, texts, cam_layer):
+        record = by_pixels[image.permute(1, 2, 0).numpy().tobytes()]
+        named, targets = len(record["targets"]), record["targets"]
+        shown = [0] * named + [number for _, number in record["said"]]
+        return np.array([targets[number]["mask"] for number in shown], float), None
+
+    monkeypatch.setattr(hist, "maps_of", maps_of)
+    found = ablate.point_at(None, None, records, options)
+    objects = sum(len(record["targets"]) for record in records)
+    assert found["pointing_said"] == 1 and 1 / 6 <= found["pointing_said_chance"] <= 1 / 3
+    assert found["error_own"] == pytest.approx(len(records) / objects)
+    assert found["error_other"] == pytest.approx(1 - found["error_own"])
 
 
 def test_equal_values_share_a_rank():
@@ -120,9 +154,9 @@ def test_subjects_found():
     assert recall == 1
     assert 0.97 < precision <= 1
     for record in records:
-        record["said"] = [f"{phrase} dog" for phrase in record["said"]]
+        record["said"] = [(f"{phrase} dog", number) for phrase, number in record["said"]]
     assert ablate.subjects_found(records) == (0, 0)
-    record = {"captions": ["a red ring and a blue star"], "said": ["a red ring"]}
+    record = {"captions": ["a red ring and a blue star"], "said": [("a red ring", 0)]}
     assert ablate.subjects_found([record]) == (0.5, 1)
 
 
@@ -138,7 +172,7 @@ def first_losses(out):
 def test_every_row_goes_on_from_one_base_and_what_is_done_is_kept(capsys):
     command = ["--seeds", "2", *TINY]
     ablate.main(command)
-    shown = rows_of(capsys.readouterr().out)
+    shown = rows_of(capsys.readouterr().out.split("\n\n")[0])
     assert shown[""][:-1] == list(ablate.ROWS)
     assert " ± " in shown["pointing_phrases"][0]
     assert "occlusion" in shown
@@ -158,7 +192,7 @@ def test_every_row_goes_on_from_one_base_and_what_is_done_is_kept(capsys):
     written = [path.stat().st_mtime_ns for path in files]
     ablate.main(command)
     assert written == [path.stat().st_mtime_ns for path in files]
-    assert rows_of(capsys.readouterr().out) == shown
+    assert rows_of(capsys.readouterr().out.split("\n\n")[0]) == shown
 
     # One that was stopped before its last row goes on; with other options it does not.
     path = top / "seed0/results.json"

@@ -72,7 +72,7 @@ def test_a_run_on_damaged_photographs_with_workers(here, capsys):
 
 # ---------------------------------------------------------------------------------- nothing lost
 RUN = [sys.executable, ROOT / "hist.py", *SMALL, "--image-size", "24", "--eval-images", "4"]
-RUN += "--base-steps 2 --steps 6 --save-every 2 --composition-start 0.4 --out run".split()
+RUN += "--vit-steps 2 --base-steps 2 --steps 6 --save-every 2 --composition-start 0.4 --out run".split()
 RESUME = [sys.executable, ROOT / "hist.py", "--resume", "--out", "run", "--device", "cpu"]
 KILLED = """
 import os, signal, sys
@@ -114,9 +114,10 @@ def assert_same_end(one, other):
 
 
 def test_kill_9_while_a_checkpoint_is_written_and_resume_ends_the_same(unbroken, tmp_path):
-    """The base has one checkpoint, the baseline three; at the sixth HIST has no teacher saved."""
+    """The ViT and the base have a checkpoint each, the baseline three; at the seventh HIST has no
+    teacher saved."""
     (tmp_path / "killed.py").write_text(KILLED)
-    command = [sys.executable, "killed.py", ROOT, "6", *RUN[2:]]
+    command = [sys.executable, "killed.py", ROOT, "7", *RUN[2:]]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert torch.load(tmp_path / "run/hist.pt", weights_only=True)["step"] == 2

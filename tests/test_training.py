@@ -234,7 +234,9 @@ def test_ranks_share_a_step_s_images(monkeypatch):
 
 
 def test_checkpoints_and_damage_are_looked_at_as_often_as_asked(here, told, monkeypatch):
-    o = options(base_steps=0, steps=7, batch_size=2, save_every=3, out=".", max_bad=0.0)
+    o = options(
+        base_steps=0, steps=7, batch_size=2, save_every=3, out=".", max_bad=0.0, data="drawn"
+    )
     samples, saved = samples_of(o), []
     monkeypatch.setattr(hist, "write_whole", lambda path, data: saved.append((path.name, data)))
     hist.train("baseline", ["caption"], samples, o, 7)
@@ -254,7 +256,9 @@ def test_metrics_of_a_killed_run_are_kept_up_to_its_checkpoint(here):
 
 
 # --------------------------------------------------------------------------------- real trainings
-SHORT = dict(base_steps=0, steps=6, batch_size=4, save_every=2, composition_start=0.3, lr=0.01)
+SHORT = dict(
+    data="drawn", base_steps=0, steps=6, batch_size=4, save_every=2, composition_start=0.3, lr=0.01
+)
 
 
 @pytest.fixture(scope="module")
@@ -425,7 +429,7 @@ def test_accumulated_parts_of_a_real_step_are_the_mean_of_each_alone(here):
 
 def test_nothing_is_learnt_but_what_a_picture_that_can_be_read_says(here):
     """A run over damaged pictures has no step that does not see a full batch."""
-    o = options(data="x", out=".", **SHORT | {"steps": 4})
+    o = options(out=".", **SHORT | {"steps": 4})
     records = [record(f"a dog and a thing{i}", 20 * i) for i in range(8)]
     records[2]["image"], records[5]["image"] = "nowhere.png", "elsewhere.png"
     samples = samples_of(o, records)

@@ -34,9 +34,11 @@ ROWS = {  # row: its levels
     "all": ["caption", "phrase", "subject", "composition"],
     "caption, same time": ["caption"],
 }
+FIRST, LAST = "caption", "caption, same time"
 LEFT_OUT = "chance|in_mask|r5_|r10_|^(images|phrases|pairs|steps)$"  # by the table
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, for 2 to 10 seeds
 OCCLUDED = 32  # scenes, two phrases of each
+BESIDE = 1 / 12  # of the side of an image: how far from its box a point still is beside an object
 # Of a pair: the larger object's share of both areas, and of the map on both; the map's balance.
 Division = namedtuple("Division", "area mass balance")
 
@@ -72,19 +74,63 @@ def subjects_found(records):
     for number, record in enumerate(records):
         phrases = parse.parse(record["captions"][0]).phrases
         found.update((number, phrase.text, phrase.subject) for phrase in phrases)
-        said.update((number, phrase, phrase.split()[-1]) for phrase in record["said"])
+        said.update((number, phrase, phrase.split()[-1]) for phrase, _ in record["said"])
     right = (found & said).total()
     precision = right / max(1, found.total())
     recall = right / max(1, said.total())
     return precision, recall
 
 
+def where(x, y, target, others, side):
+    """Where a point lies: in the "own" box of a target, in an "other" target's, "beside" its own, or
+    "elsewhere". Boxes [x0, y0, x1, y1] in an image of this side."""
+
+    def within(target, margin):
+        boxes = np.array(target["boxes"]) + np.array([-1, -1, 1, 1]) * margin
+        return any(x0 <= x < x1 and y0 <= y < y1 for x0, y0, x1, y1 in boxes)
+
+    if within(target, 0):
+        return "own"
+    if any(within(other, 0) for other in others if other is not target):
+        return "other"
+    return "beside" if within(target, BESIDE * side) else "elsewhere"
+
+
+def point_at(model, tokenizer, records, options):
+    """Of scenes: where the maps of all objects' names point, as shares "error_own", "error_other", …;
+    and "pointing_said", for the phrases that the captions themselves say of them."""
+    found, hits, chances, side = Counter(), [], [], options.image_size
+    for record in records:
+        targets, said = record["targets"], record["said"]
+        asked = [(target["phrase"], target) for target in targets]
+        asked += [(phrase, targets[number]) for phrase, number in said]
+        image = hist.read_image(record["image"], side).to(options.device)
+        texts = [text for text, _ in asked]
+        maps, _ = hist.maps_of(model, tokenizer, image, texts, options.cam_layer)
+        for number, ((_, target), heat) in enumerate(zip(asked, maps)):
+            y, x = np.unravel_index(heat.argmax(), heat.shape)
+            place = where(x, y, target, targets, side)
+            if number < len(targets):
+                found[f"error_{place}"] += 1
+            else:
+                hits.append(place == "own")
+                chances.append(1 / len(targets))
+    shares = {name: count / found.total() for name, count in sorted(found.items())}
+    return shares | {"pointing_said": np.mean(hits), "pointing_said_chance": np.mean(chances)}
+
+
 def measure(model, samples, records, options):
-    """hist.evaluate's measures, all splits in one, and the agreement of maps with occlusion."""
+    """hist.evaluate's measures, all splits in one, R@1 as the mean of both ways, what `point_at`
+    finds, and the agreement of maps with occlusion."""
     tokenizer, agreement = samples.tokenizer, []
     together = [record | {"split": "held out"} for record in records]
     answers = hist.common_answers(samples.records, tokenizer)
     result = hist.evaluate(model, tokenizer, together, options, answers)[0]["held out"]
+    for kind in ("", "_itm"):
+        ways = [result[f"r1_{way}{kind}"] for way in ("image_to_text", "text_to_image")]
+        result[f"r1_mean{kind}"] = float(np.mean(ways))
+    if options.data == "scenes":
+        result |= point_at(model, tokenizer, records, options)
     for record in records[:OCCLUDED]:
         for target in record["targets"][:2]:
             asked = record["image"], target["phrase"], options
@@ -178,35 +224,36 @@ def run_seed(options):
     return done
 
 
-def cell(values, first=None):
-    """Mean ± standard deviation over seeds; below, the mean difference from first [interval]."""
-    n = len(values)
+def difference(values, first):
+    """The mean of values - first, paired by seed, and its 95% interval."""
+    n, mean = len(values), (values - first).mean()
     if n == 1:
-        return f"{values[0]:.1f}"
-    text = f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
-    if first is not None:
-        mean = (values - first).mean()
-        half = T95[n - 2] * (values - first).std(ddof=1) / math.sqrt(n)
-        text += f"<br>{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
-    return text
+        return f"{mean:+.1f}"
+    half = T95[n - 2] * (values - first).std(ddof=1) / math.sqrt(n)
+    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
 
 
 def table(seeds):
-    """[{row: {measure: value}} of each seed] as a Markdown table, in percent."""
+    """[{row: {measure: value}} of each seed] as Markdown, in percent: mean ± standard deviation, and
+    below the difference from the first row; then what "all" gains in equal steps, and time."""
     lines = ["| | " + " | ".join(ROWS) + " | chance |", "|---" * (len(ROWS) + 2) + "|"]
-    for name in seeds[0]["caption"]:
+    gains = ["", "| all against captions | in as many steps | in as much time |", "|---|---|---|"]
+    for name in seeds[0][FIRST]:
         if re.search(LEFT_OUT, name):
             continue
-        scale = 1 if name == "seconds" else 100
-        line, first = f"| {name} |", None
+        scale, cells, values = 1 if name == "seconds" else 100, [name], {}
         for row in ROWS:
-            values = [seed[row].get(name, math.nan) for seed in seeds]
-            values = scale * np.array(values)
-            line += f" {cell(values, first)} |"
-            first = values if first is None else first
-        chance = [seed["caption"].get(f"{name}_chance") for seed in seeds]
-        lines.append(line + (" |" if None in chance else f" {100 * np.mean(chance):.1f} |"))
-    return "\n".join(lines)
+            values[row] = scale * np.array([seed[row].get(name, math.nan) for seed in seeds])
+            spread = f" ± {values[row].std(ddof=1):.1f}" if len(seeds) > 1 else ""
+            cells.append(f"{values[row].mean():.1f}{spread}")
+            if row != FIRST:
+                cells[-1] += f"<br>{difference(values[row], values[FIRST])}"
+        chance = [seed[FIRST].get(f"{name}_chance") for seed in seeds]
+        cells.append("" if None in chance else f"{100 * np.mean(chance):.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+        steps, time = (difference(values["all"], values[row]) for row in (FIRST, LAST))
+        gains.append(f"| {name} | {steps} | {time} |")
+    return "\n".join(lines + gains)
 
 
 def main(arguments=None):
