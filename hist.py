@@ -85,7 +85,7 @@ class Options:
     accumulate: int = option(1, "parts of a step, to need less memory; ITC contrasts within one")
     lr: float = option(2e-3, "peak learning rate")
     composition_weight: float = option(1.0, "lambda, the weight of the composition loss")
-    composition_start: float = option(0.66, "share of all steps after which composition begins")
+    composition_start: float = option(0.8, "share of all steps after which composition begins")
     vit: str = option("scenes", "any timm ViT; scenes: one layer on a convolutional stem")
     pretrained: bool = option(False, "start --vit from timm's pretrained weights")
     image_size: int = option(60, "side of the square image, pixels")
