@@ -857,14 +857,19 @@ def texts_to_find(targets, rng):
     return found
 
 
+def look_at(model, image, n=1):
+    """image_kv of one image (3, side, side), for n texts."""
+    image_kv = model.project_image(model.encode_image(image[None])[1])
+    return [keys_values.expand(-1, n, -1, -1, -1) for keys_values in image_kv]
+
+
 @torch.no_grad()
 def maps_of(model, tokenizer, image, texts, cam_layer):
     """Maps at pixel size (n, side, side), bicubic, of n texts over an image (3, side, side), and
     probabilities [n] that they match."""
     model.eval()
-    image_kv = model.project_image(model.encode_image(image[None])[1])
-    image_kv = [kv.expand(-1, len(texts), -1, -1, -1) for kv in image_kv]
-    maps, match = locate(model, tokenizer.batch(texts).to(image.device), image_kv, cam_layer)
+    ids, image_kv = tokenizer.batch(texts).to(image.device), look_at(model, image, len(texts))
+    maps, match = locate(model, ids, image_kv, cam_layer)
     maps = F.interpolate(maps.detach()[:, None].float(), size=image.shape[1:], mode="bicubic")
     return maps[:, 0].clamp(min=0).cpu().numpy(), match.tolist()
 
@@ -873,8 +878,7 @@ def maps_of(model, tokenizer, image, texts, cam_layer):
 def answer(model, tokenizer, image, text, choices):
     """The choice that the language head thinks likeliest at [MASK], about an image (3, side, side);
     where there is no [MASK], the second of two if the text matches, else the first."""
-    image_kv = model.project_image(model.encode_image(image[None])[1])
-    ids = tokenizer.batch([text]).to(image.device)
+    ids, image_kv = tokenizer.batch([text]).to(image.device), look_at(model, image)
     if tokenizer.mask_id in ids:
         place = ids[0].tolist().index(tokenizer.mask_id)
         logits = model.word_logits(ids, place, image_kv)
@@ -929,11 +933,10 @@ def rerank(model, records, ids, similarity, options):
     score = torch.full_like(similarity, -torch.inf)
     for row, record in enumerate(records):
         image = read_image(record["image"], options.image_size).to(options.device)
-        image_kv = model.project_image(model.encode_image(image[None])[1])
         for texts in (best[0] | best[1])[row].nonzero()[:, 0].split(512):
             T, mask, _ = model.encode_text(ids[texts])
-            kv = [keys_values.expand(-1, len(texts), -1, -1, -1) for keys_values in image_kv]
-            score[row, texts] = model.match(T, mask, kv)[0].softmax(-1)[:, 1]
+            logits, _ = model.match(T, mask, look_at(model, image, len(texts)))
+            score[row, texts] = logits.softmax(-1)[:, 1]
     return [score.masked_fill(~chosen, -torch.inf) for chosen in best]
 
 
