@@ -1297,19 +1297,24 @@ def name_shapes(model, options):
         weights = [*model.vit.parameters(), *head.parameters()]
         optimizer = torch.optim.AdamW(weights, weight_decay=WEIGHT_DECAY, betas=BETAS)
         steps = options.vit_steps
-        for step in tqdm(range(steps), "vit", unit="step", disable=RANK > 0):
+        bar = tqdm(range(steps), "vit", unit="step", disable=RANK > 0)
+        for step in bar:
             images, named = [], []
             for number in range(step * options.batch_size, (step + 1) * options.batch_size):
                 rng = random.Random(f"{options.seed} one {number}")
                 scene = draw_scene(rng, options.image_size, 1, False)
                 images.append(read_image(scene["image"], options.image_size))
                 named.append(shapes.index(scene["targets"][0]["phrase"].split()[-1]))
+            named = torch.tensor(named, device=options.device)
             _, V = model.encode_image(torch.stack(images).to(options.device))
-            loss = F.cross_entropy(head(V.amax(1)), torch.tensor(named, device=options.device))
+            logits = head(model.vit.forward_head(V, pre_logits=True))
+            loss = F.cross_entropy(logits, named)
             optimizer.param_groups[0]["lr"] = learning_rate(step, steps, options.lr)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            right = (logits.argmax(1) == named).float().mean()
+            bar.set_postfix_str(f"right {right:.2f}", False)
         write_whole(path, model.vit.state_dict())
     model.vit.load_state_dict(torch.load(path, map_location=options.device, weights_only=True))
 
