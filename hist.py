@@ -28,7 +28,9 @@ import signal
 import sys
 import textwrap
 import time
+import unicodedata
 from collections import Counter, defaultdict, namedtuple
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -88,6 +90,7 @@ class Options:
     composition_start: float = option(0.8, "share of all steps after which composition begins")
     vit: str = option("scenes", "any timm ViT; scenes: one layer on a convolutional stem")
     pretrained: bool = option(False, "start --vit from timm's pretrained weights")
+    init: str = option("", "checkpoint to start from: its weights, words, and options of its model")
     image_size: int = option(60, "side of the square image, pixels")
     width: int = option(64, "width of the text and fusion layers")
     text_layers: int = option(2, "layers of the text encoder")
@@ -126,11 +129,24 @@ def presets(data, base):
 # ---------------------------------------------------------------------------------- tokenizer
 MAX_TOKENS = 64
 MASKED_SHARE = 0.3  # of a text's words; BERT masks 0.15, but phrases are short
+LONGEST_WORD = 100  # letters: BERT does not look for pieces of a longer one
 
 
 def split_words(text):
     """The parser's own tokens in lower case: a phrase has the same words as its caption."""
     return [text[start:end].lower() for start, end in parse.tokenize(text)]
+
+
+def bert_words(text):
+    """BERT's: lower case, no accents; signs and Chinese characters are words of their own."""
+    spaced = ""
+    for c in unicodedata.normalize("NFD", text.lower()):
+        kind = unicodedata.category(c)  # P: punctuation, S: symbols, Mn: accents, Cc, Cf: control
+        if kind[0] == "P" or kind[0] == "S" and c.isascii() or "\u3400" <= c <= "\u9fff":
+            spaced += f" {c} "
+        elif c.isspace() or kind not in ("Mn", "Cc", "Cf"):
+            spaced += c
+    return spaced.split()
 
 
 def pad(rows, value=0):
@@ -145,9 +161,14 @@ class Tokenizer:
     pad_id, cls_id, mask_id, unk_id = range(4)
 
     def __init__(self, words):
-        """words: all of them in the order of their ids, the special ones first."""
+        """words: all in the order of their ids, the special ones first; or, if "##ing", BERT's."""
         self.words = list(words)
         self.ids = {word: i for i, word in enumerate(self.words)}
+        self.split, self.end = split_words, []  # what cuts a text into words, and what ends it
+        if any(word.startswith("##") for word in self.words):
+            insist(self.words[0] == "[PAD]", "the first word of a vocabulary must be [PAD]")
+            self.cls_id, self.mask_id, self.unk_id = (self.ids[name] for name in self.SPECIAL[1:])
+            self.split, self.end = bert_words, [self.ids["[SEP]"]]
 
     @classmethod
     def build(cls, captions, size):
@@ -160,24 +181,38 @@ class Tokenizer:
         ids = []
         for part in text.split("[MASK]"):
             ids.append(self.mask_id if ids else self.cls_id)
-            ids += [self.ids.get(word, self.unk_id) for word in split_words(part)]
-        return ids[:MAX_TOKENS]
+            ids += itertools.chain(*map(self.pieces, self.split(part)))
+        return ids[: MAX_TOKENS - len(self.end)] + self.end
+
+    def pieces(self, word, mark=""):
+        """Ids of a word: its own, or of its longest pieces from the left, or [UNK]."""
+        for end in range(len(word), 0, -1) if len(word) <= LONGEST_WORD else [len(word)]:
+            if mark + word[:end] in self.ids:
+                rest = self.pieces(word[end:], "##") if end < len(word) else []
+                return rest if self.unk_id in rest else [self.ids[mark + word[:end]], *rest]
+        return [self.unk_id]
 
     def batch(self, texts):
         """Texts as ids (n, L)."""
         return pad([self.encode(text) for text in texts], self.pad_id)
 
     def decode(self, ids):
-        """The words of ids as one text, without [CLS] and padding."""
-        return " ".join(self.words[i] for i in ids if i not in (self.cls_id, self.pad_id))
+        """The words of ids as one text, without [CLS], [SEP] and padding."""
+        hidden = (self.cls_id, self.pad_id, *self.end)
+        return " ".join(self.words[i] for i in ids if i not in hidden).replace(" ##", "")
 
     def mask_words(self, ids, rng):
         """ids with MASKED_SHARE of the known words hidden, at least one, and the labels: a hidden
         word's id, -100 elsewhere. 8 of 10 become [MASK], 1 another word, 1 stays (BERT, 3.1)."""
-        known = [place for place in range(1, len(ids)) if ids[place] != self.unk_id]
-        hidden = [place for place in known if rng.random() < MASKED_SHARE]
+        known = []  # words, as the places of their pieces
+        for place in range(1, len(ids)):
+            if self.words[ids[place]].startswith("##"):
+                known[-1].append(place)
+            elif ids[place] not in (self.unk_id, *self.end):
+                known.append([place])
+        hidden = [places for places in known if rng.random() < MASKED_SHARE]
         masked, labels = list(ids), [-100] * len(ids)
-        for place in hidden or known and [rng.choice(known)]:
+        for place in itertools.chain(*(hidden or known and [rng.choice(known)])):
             labels[place] = ids[place]
             another = rng.randrange(len(self.SPECIAL), len(self.words))
             masked[place] = rng.choices((self.mask_id, another, ids[place]), (8, 1, 1))[0]
@@ -374,7 +409,7 @@ class ALBEF(nn.Module):
         image_width = self.vit.embed_dim
         data = timm.data.resolve_model_data_config(self.vit)  # as this ViT was trained
         for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(data[name]).view(3, 1, 1), persistent=False)
+            self.register_buffer(name, torch.tensor(data[name]).view(3, 1, 1))
         self.word_embedding = nn.Embedding(words, width)
         self.position_embedding = nn.Embedding(MAX_TOKENS, width)
         self.embedding_norm = layer_norm(width)
@@ -452,7 +487,7 @@ class BLIP(ALBEF):
         super().__init__(options, tokenizer)
         image_width = self.vit.embed_dim
         layers = [Layer(options.width, image_width) for _ in self.fusion_layers]
-        self.decoder_layers = nn.ModuleList(layers)
+        self.decoder_layers, self.cls_id = nn.ModuleList(layers), tokenizer.cls_id
         for decoder_layer, layer in zip(layers, self.fusion_layers):
             for name in ("cross_attention", "cross_norm", "mlp", "mlp_norm"):
                 setattr(decoder_layer, name, getattr(layer, name))
@@ -475,7 +510,7 @@ class BLIP(ALBEF):
         """Causal LM: every word from those before it; after the last one comes [CLS]."""
         ids = text["ids"]
         following = F.pad(ids[:, 1:], (0, 1), value=Tokenizer.pad_id)
-        labels = following.masked_fill(following == Tokenizer.pad_id, Tokenizer.cls_id)
+        labels = following.masked_fill(following == Tokenizer.pad_id, self.cls_id)
         nothing = (ids == Tokenizer.pad_id) | ~text["exists"][:, None]
         return mlm_loss(self.decode(ids, image_kv), labels.masked_fill(nothing, -100))
 
@@ -1626,13 +1661,18 @@ def write_whole(path, data):
 
 
 def read_checkpoint(path, options):
-    """(model, tokenizer, state) of a checkpoint, no code run; UserError where it is none."""
+    """(model, tokenizer, state) of a checkpoint, no code run, the positions of its ViT resampled to
+    --image-size; UserError where it is none."""
     try:
         state = torch.load(path, map_location=options.device, weights_only=True)
-        tokenizer = Tokenizer(state["words"])
+        tokenizer, weights, name = Tokenizer(state["words"]), state["model"], "vit.pos_embed"
         options = replace(options, pretrained=False)  # the weights are here: nothing to fetch
         model = MODELS[options.base](options, tokenizer).to(options.device)
-        model.load_state_dict(state["model"])
+        if name in weights:
+            prefix = model.vit.pos_embed.shape[1] - math.prod(model.grid)
+            resample = timm.layers.resample_abs_pos_embed
+            weights[name] = resample(weights[name], model.grid, num_prefix_tokens=prefix)
+        model.load_state_dict(weights)
     except (*FAULTS, OSError, RuntimeError, EOFError, PickleError) as error:
         raise UserError(f"{path} is no checkpoint that fits these options: {error}") from error
     return model, tokenizer, state
@@ -1640,15 +1680,15 @@ def read_checkpoint(path, options):
 
 def start_training(path, samples, options, base_steps):
     """(model, teacher, optimizer, steps done, seconds) of a training: with --resume as its own
-    checkpoint has them; or from the base, where it goes on from one; or from scratch."""
+    checkpoint has them; or from the base, where it goes on from one, or --init; or from scratch."""
     torch.manual_seed(options.seed)
     resumed = options.resume and path.exists()
-    if resumed or base_steps:
-        source = path if resumed else path.with_name("base.pt")
+    source = resumed and path or base_steps and path.with_name("base.pt") or options.init
+    if source:
         model, tokenizer, state = read_checkpoint(source, options)
-        insist(
-            tokenizer.words == samples.tokenizer.words, f"{source}: of other captions than these"
-        )
+        same = tokenizer.words == samples.tokenizer.words
+        same &= not resumed or state["options"]["image_size"] == options.image_size
+        insist(same, f"{source}: of other captions than these, or of another --image-size")
     else:
         model = MODELS[options.base](options, samples.tokenizer).to(options.device)
         if options.data == "scenes":
@@ -1694,6 +1734,7 @@ def start_worker(number):
 
 EPOCHS = 10  # of --steps 0
 ONCE = ("resume", "eval_only", "ground", "device")  # asked of one command, not kept with a run
+OF_MODEL = ("base", "vit", "image_size", "width", "text_layers", "fusion_layers", "cam_layer")
 
 
 def table(results):
@@ -1744,6 +1785,10 @@ def parse_options(argv=None):
         cli.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **how)
     typed = cli.parse_args(argv)
     cli.set_defaults(**presets(typed.data, typed.base))
+    if typed.init:
+        with suppress(Exception):  # what is wrong with it read_checkpoint will say
+            given = torch.load(typed.init, "meta", weights_only=True)["options"]
+            cli.set_defaults(base_steps=0, **{name: given[name] for name in OF_MODEL})
     if typed.resume or typed.eval_only or typed.ground:
         path = Path(cli.parse_args(argv).out) / "options.json"
         insist(path.exists(), f"there is no run in {path.parent}: train first, or say --out FOLDER")
@@ -1755,29 +1800,20 @@ def parse_options(argv=None):
 
 def check_options(options):
     """Settle the device; UserError where options do not fit each other, or the machine."""
-    here = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if options.device == "auto":
         options.device = next(device for device in here if here[device])
     numbers = {name: v for name, v in asdict(options).items() if isinstance(v, (int, float))}
     for name, value in numbers.items():
         insist(value >= 0, f"--{name.replace('_', '-')} {value}: 0 or more, please")
-    parts, layers, levels = (
-        options.accumulate * WORLD,
-        options.fusion_layers,
-        {*LEVELS, "composition"},
-    )
+    parts, layers = options.accumulate * WORLD, options.fusion_layers
+    levels = {*LEVELS, "composition"}
     for name in ("accumulate", "batch_size", "save_every", "image_size", "width"):
         insist(getattr(options, name), f"--{name.replace('_', '-')}: at least 1, please")
     insist(options.base in MODELS, f"--base {options.base}: albef or blip")
     insist(options.steps or options.data != "scenes", "--steps 0: scenes have no end, and no epoch")
-    insist(
-        options.batch_size % parts == 0,
-        f"--batch-size: take a multiple of {parts}, --accumulate times processes",
-    )
+    rest, why = options.batch_size % parts, "--accumulate times processes"
+    insist(rest == 0, f"--batch-size: take a multiple of {parts}, {why}")
     insist(here.get(options.device), f"--device {options.device}: this machine has none")
     named = set(options.levels.split(","))
     insist(named <= levels, f"--levels {options.levels}: they are {', '.join(levels)}")
@@ -1787,6 +1823,8 @@ def check_options(options):
     insist(options.cam_layer < layers, f"--cam-layer: the fusion layers are 0 to {layers - 1}")
     insist(not (options.pretrained and options.vit == "scenes"), "--pretrained: say --vit NAME too")
     insist(not options.parses or options.data != "scenes", "--parses: scenes are parsed as drawn")
+    there = options.init and Path(options.init).resolve().parent == Path(options.out).resolve()
+    insist(not there, "--init: it lies in --out, which a run empties; say another --out")
 
 
 def prepare(options):
@@ -1801,7 +1839,8 @@ def prepare(options):
     options.steps = options.steps or max(1, EPOCHS * len(records) // options.batch_size)
     some = range(100_000, 102_000) if options.data == "scenes" else range(len(records))
     captions = (caption for i in some for caption in records[i]["captions"])
-    tokenizer = Tokenizer.build(captions, options.vocab_size)
+    tokenizer = read_checkpoint(options.init, options)[1] if options.init else None
+    tokenizer = tokenizer or Tokenizer.build(captions, options.vocab_size)
     MODELS[options.base](options, tokenizer)  # options that build no model stop here
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -1877,7 +1916,8 @@ def look(options):
     path = Path(options.out) / "hist.pt"
     path = path if path.exists() else path.with_name("baseline.pt")
     model, tokenizer, _ = read_checkpoint(path, options)
-    unknown = {word for phrase in phrases for word in split_words(phrase)} - set(tokenizer.words)
+    words = tokenizer.split(" ".join(phrases))
+    unknown = {word for word in words if tokenizer.unk_id in tokenizer.pieces(word)}
     if unknown:
         print(f"not in the vocabulary, read as [UNK]: {', '.join(sorted(unknown))}")
     pixels = load_pixels(picture, upright=True)
