@@ -236,7 +236,8 @@ class Samples(Dataset):
     def __init__(self, records, tokenizer, options, skipped):
         self.records, self.tokenizer = records, tokenizer
         self.options, self.skipped = options, skipped
-        self.given = read_given(options.parses)  # {caption: its phrases}, of another parser
+        with blaming("--parses"):  # {caption: its phrases}, of another parser
+            self.given = parse.read_parses(options.parses) if options.parses else {}
 
     def __len__(self):
         return len(self.records)
@@ -810,7 +811,8 @@ def balance(heat, mask1, mask2):
 def vqa_accuracy(said, answers):
     """1 for the only answer; for ten annotators' VQA v2's accuracy: min(n / 3, 1), n of the others
     having said it, averaged over leaving out each."""
-    count, total = answers.count(said), len(answers)
+    count = [answer.strip() for answer in answers].count(said.strip())
+    total = len(answers)
     if total == 1:
         return float(count)
     return (count * min((count - 1) / 3, 1) + (total - count) * min(count / 3, 1)) / total
@@ -1301,8 +1303,7 @@ def make_vit(options):
 # [{"phrase": str, "boxes": [[x0, y0, x1, y1], …], "mask": …, "tags": …, "object": …}, …],
 # "questions": [{"text", "kind", "choices", "answers"}, …]}, and the rest knows only these.
 class Skipped:
-    """What of the data cannot be used, and why: lines of a file, of whichever process met it; what
-    two processes meet is there twice."""
+    """What of the data cannot be used, and why: lines of a file, of whichever process met it."""
 
     def __init__(self, path, max_bad):
         self.path, self.max_bad, self.added = Path(path), max_bad, set()
@@ -1330,12 +1331,11 @@ class Skipped:
 
 @contextmanager
 def blaming(what, skipped=None):
-    """What fails inside becomes a UserError about `what`; or is listed as skipped, where `what` is
-    (kind, which)."""
+    """What fails inside is a UserError about `what`; or skipped, where `what` is (kind, which)."""
     try:
         yield
     except ImportError:
-        raise  # a package is missing, and nothing wrong with the data
+        raise  # nothing is wrong with the data
     except Exception as error:  # PIL, pickle and torch have as many as there are ways to fail
         missing = " is missing" if isinstance(error, KeyError) else ""
         why = " ".join(f"{error}{missing}".split())[:300]
@@ -1407,8 +1407,8 @@ def read_coco(root, split, skipped):
 
 
 def add_instances(records, path, skipped):
-    """Give COCO's records {id: record} a target for each category: all its instances in the image,
-    with their masks, or the box of one whose mask cannot be used."""
+    """Give COCO's records {id: record} a target for each category: all its instances in the image;
+    of one whose mask cannot be used the box is the mask."""
     annotations, categories = read_json(path, "annotations", "categories")
     names, targets = {category["id"]: category["name"] for category in categories}, {}
     for number, entry in enumerate(annotations):
@@ -1490,12 +1490,6 @@ def read_jsonl(path):
     return train, [record for record in records if record["split"] != "train"]
 
 
-def read_given(path):
-    """--parses: {caption: [parse.Phrase, …]}; UserError names a wrong line."""
-    with blaming("--parses"):
-        return parse.read_parses(path) if path else {}
-
-
 def load_data(options, skipped):
     """(training records, held-out records) of --data; UserError where too many are unusable."""
     if options.data == "scenes":
@@ -1526,8 +1520,8 @@ def load_pixels(image, upright=False):
         if picture.mode[0] in "IF":  # 16 bits, or floats, which convert() would cut
             grey = np.nan_to_num(np.asarray(picture, dtype=float), posinf=0)
             white = min((top for top in (1, 255, 65_535) if grey.max() <= top), default=grey.max())
-            shares = (grey / white).clip(0, 1)
-            picture = Image.fromarray((255 * shares).round().astype(np.uint8))
+            grey = 255 * (grey / white).clip(0, 1)
+            picture = Image.fromarray(grey.round().astype(np.uint8))
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             white = Image.new("RGBA", picture.size, "white")
@@ -1652,7 +1646,7 @@ def start_worker(number):
 
 EPOCHS = 10  # of --steps 0
 ONCE = ("resume", "eval_only", "ground", "device")  # asked of one command, not kept with a run
-CHECKPOINTS = ("base.pt", "baseline.pt", "hist.pt")
+GROWN = ("base.pt", "baseline.pt", "hist.pt", "metrics.jsonl")  # a new run begins without
 # What a resumed run may change, beside more --steps; it would do the rest by halves, or not at all.
 CHANGEABLE = ("out", "lr", "accumulate", "save_every", "workers", "eval_images", "max_bad")
 
@@ -1702,20 +1696,19 @@ def parse_options(argv=None):
     """The Options of a command: what was typed; else, for one that goes on from a run, that run's;
     else what suits the data."""
     formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=29)
-    how = dict(formatter_class=formatter, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    cli = CommandLine(description=__doc__, **how)
+    cli = CommandLine(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     for f in fields(Options):
         how = {"type": f.type, "metavar": f.type.__name__.upper()}
         how = {bool: {"action": "store_true"}, list: {"nargs": "+"}}.get(f.type, how)
         text = f.metadata["help"] + (f" [{f.default}]" if f.default else "")
-        cli.add_argument(flag(f.name), help=text, **how)
+        cli.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **how)
     typed = vars(cli.parse_args(argv))
     told = presets(typed.get("data", Options.data), typed.get("base", Options.base)) | typed
     if typed.keys() & {"resume", "eval_only", "ground"}:
         saved = saved_options(told["out"])
         insist(saved is not None, f"there is no run in {told['out']}: train first, or say --out")
-        if "resume" in typed:
-            check_resumed(typed, saved)
+        for name, value in typed.items() if "resume" in typed else ():
+            check_change(name, value, saved.get(name, value))
         told |= saved | typed | {"out": told["out"]}
     options = Options(**told)
     check_options(options)
@@ -1726,13 +1719,11 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def check_resumed(typed, saved):
-    """UserError where what was typed would change what a resumed run cannot."""
-    for name, value in typed.items():
-        old = saved.get(name, value)
-        good = value == old or name in CHANGEABLE or name == "steps" and value > old
-        may = f"raise --steps, and change {', '.join(map(flag, CHANGEABLE[1:]))}"
-        insist(good, f"{flag(name)} {value}: this run has {old}; with --resume one may {may}")
+def check_change(name, value, old):
+    """UserError where a resumed run cannot change an option from its old value."""
+    good = value == old or name in CHANGEABLE or name == "steps" and value > old
+    may = f"raise --steps, and change {', '.join(map(flag, CHANGEABLE[1:]))}"
+    insist(good, f"{flag(name)} {value}: this run has {old}; with --resume one may {may}")
 
 
 def check_options(options):
@@ -1767,12 +1758,11 @@ def only_writer(out):
     and counts nothing when that is gone."""
     lock = out / "running"
     holder = lock.read_text() if lock.exists() else ""
+    said = f"another run writes into {out}, process {holder}; if it does not, delete {lock}"
     with suppress(ProcessLookupError, PermissionError):
         if holder not in ("", str(os.getpid())):
-            os.name == "nt" or os.kill(int(holder), 0)  # on Windows it would end
-            raise UserError(
-                f"another run writes into {out}, process {holder}; if not, delete {lock}"
-            )
+            os.name == "nt" or os.kill(int(holder), 0)  # on Windows that would end it
+            raise UserError(said)
     out.mkdir(parents=True, exist_ok=True)
     lock.unlink(missing_ok=True)
     with open(lock, "x") as file:
@@ -1790,9 +1780,7 @@ def prepare(options):
     Checkpoints and options there stay as they are until all that was typed is known to fit."""
     out, fresh = Path(options.out), RANK == 0 and not options.resume
     MODELS[options.base](options, Tokenizer(Tokenizer.SPECIAL))  # wrong options stop here
-    old = [
-        out / name for name in (*CHECKPOINTS, "metrics.jsonl") if fresh and (out / name).exists()
-    ]
+    old = [path for path in map(out.joinpath, GROWN) if fresh and path.exists()]
     data = (saved_options(out) or {}).get("data", options.data)
     same = not old or os.path.abspath(data) == os.path.abspath(options.data)
     insist(same, f"{out} holds a run on {data}: say another --out, or delete it")
@@ -1806,7 +1794,7 @@ def prepare(options):
     captions = (caption for i in some for caption in records[i]["captions"])
     tokenizer = Tokenizer.build(captions, options.vocab_size)
     samples = Samples(records, tokenizer, options, skipped)
-    for name in CHECKPOINTS if options.resume else ():
+    for name in GROWN[:3] if options.resume else ():
         start_training(out / name, samples, options, 0)
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -1821,7 +1809,12 @@ def prepare(options):
 
 
 def run(options):
-    """Train the models, and evaluate them on the same records."""
+    """Train the models, or none with --eval-only, and evaluate them on the same records."""
+    if options.eval_only:
+        path = writable(Path(options.out)) / "eval-only.skipped.jsonl"
+        path.unlink(missing_ok=True)
+        skipped = Skipped(path, options.max_bad)
+        return report(options, *load_data(options, skipped), skipped)
     with only_writer(Path(options.out)) if RANK == 0 else nullcontext():
         samples, held_out = prepare(options)
         levels = options.levels.split(",")
@@ -1830,8 +1823,7 @@ def run(options):
         train("baseline", ["caption"], samples, options, options.steps)
         if levels != ["caption"]:
             train("hist", levels, samples, options, options.steps)
-        if RANK == 0:
-            report(options, samples.records, held_out, samples.skipped)
+        report(options, samples.records, held_out, samples.skipped)
 
 
 def writable(folder):
@@ -1839,18 +1831,12 @@ def writable(folder):
     return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="hist-"))
 
 
-def evaluate_only(options):
-    """Evaluate a run's models, on its data or others."""
-    path = writable(Path(options.out)) / "eval-only.skipped.jsonl"
-    path.unlink(missing_ok=True)
-    skipped = Skipped(path, options.max_bad)
-    report(options, *load_data(options, skipped), skipped)
-
-
 def report(options, records, held_out, skipped):
     """Evaluate OUT's checkpoints; print the table, write results.json and the pictures beside the
     list of what was skipped."""
     out, models, results, pairs = Path(options.out), {}, {}, []
+    if RANK > 0:
+        return
     for path in [path for path in (out / "baseline.pt", out / "hist.pt") if path.exists()]:
         model, tokenizer, state = read_checkpoint(path, options)
         answers = common_answers(records, tokenizer)
@@ -1942,8 +1928,7 @@ def main(argv=None):
             torch.distributed.init_process_group("nccl" if options.device == "cuda" else "gloo")
         threads = f"{torch.get_num_threads()} threads (OMP_NUM_THREADS says otherwise)"
         print(f"hist.py on {options.device}, {threads}, into {options.out}", file=sys.stderr)
-        command = {True: run, options.eval_only: evaluate_only, bool(options.ground): look}[True]
-        command(options)
+        (look if options.ground else run)(options)
         if WORLD > 1:
             torch.distributed.destroy_process_group()
     except KeyboardInterrupt:

@@ -218,6 +218,18 @@ def test_a_resumed_run_goes_on_where_it_was(here, told):
     assert told == []
 
 
+def test_a_resumed_run_has_the_rate_that_was_typed(here, told):
+    o = options(base_steps=0, steps=6, batch_size=2, save_every=2, out=".", lr=4.0)
+    samples = samples_of(o)
+    hist.train("baseline", ["caption"], samples, o, 4)
+    whole = column(told, "rate")
+    o.resume, o.lr = True, 0.4
+    hist.train("baseline", ["caption"], samples, o, 6)
+    cosine = [(1 + math.cos(math.pi * step / 6)) / 2 for step in (4, 5)]
+    assert column(told, "rate")[4:] == pytest.approx([0.4 * rate for rate in cosine])
+    assert column(told, "rate")[:4] == whole
+
+
 def test_ranks_share_a_step_s_images(monkeypatch):
     o = options(batch_size=8, accumulate=2)
     samples = samples_of(o)
