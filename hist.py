@@ -54,9 +54,8 @@ RANK = int(os.environ.get("RANK", 0))  # this process, and of how many: torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
-class UserError(ValueError):
-    """A mistake that the person at the keyboard can mend: one line, status 2, no traceback. A
-    ValueError, for where an entry of the data is at fault it is listed instead; see `blaming`."""
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend: one line, status 2, no traceback."""
 
 
 def insist(good, why):
@@ -1410,23 +1409,24 @@ def add_instances(records, path, skipped):
     """Give COCO's records {id: record} a target for each category: all its instances in the image;
     of one whose mask cannot be used the box is the mask."""
     annotations, categories = read_json(path, "annotations", "categories")
-    names, targets = {category["id"]: category["name"] for category in categories}, {}
+    names = {category["id"]: category["name"] for category in categories}
+    boxes, parts = defaultdict(list), defaultdict(list)  # of (image id, category)
     for number, entry in enumerate(annotations):
         where = f"{path.name}, entry {number}"
         with blaming(("annotation", where), skipped):
-            record, phrase = records[entry["image_id"]], names[entry["category_id"]]
-            (x, y, width, height), size = entry["bbox"], record["size"]
+            group = entry["image_id"], names[entry["category_id"]]
+            (x, y, width, height), size = entry["bbox"], records[group[0]]["size"]
             x0, y0, x1, y1 = box = cut_box([x, y, x + width, y + height], size)
             part = [[x0, y0, x1, y0, x1, y1, x0, y1]]
             with blaming(("mask", where), skipped):
                 decode_mask({"size": size, "parts": [entry["segmentation"]]})
                 part = entry["segmentation"]
-            if (entry["image_id"], phrase) not in targets:
-                target = {"phrase": phrase, "boxes": [], "mask": {"size": size, "parts": []}}
-                targets[entry["image_id"], phrase] = target
-                record["targets"].append(target)
-            targets[entry["image_id"], phrase]["boxes"].append(box)
-            targets[entry["image_id"], phrase]["mask"]["parts"].append(part)
+            boxes[group].append(box)
+            parts[group].append(part)
+    for (image_id, phrase), found in boxes.items():
+        mask = {"size": records[image_id]["size"], "parts": parts[image_id, phrase]}
+        target = {"phrase": phrase, "boxes": found, "mask": mask}
+        records[image_id]["targets"].append(target)
 
 
 def decode_mask(mask):
@@ -1475,9 +1475,8 @@ def read_record(line, folder):
 
 
 def read_jsonl(path):
-    """(training records, those of all other splits) of a JSONL file, a record a line, pictures
-    named from its folder; UserError gives the line and what is wrong. Where all are for training,
-    every tenth is held out."""
+    """(training records, those of all other splits) of a JSONL file; UserError gives the line and
+    what is wrong. Where all are for training, every tenth is held out."""
     path, records = Path(path), []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         with blaming(f"{path}, line {number}"):
@@ -1555,8 +1554,8 @@ def usable(records, options, skipped):
 
 
 def usable_targets(record, size, skipped):
-    """A record's targets, with their boxes that its picture (height, width) has; but those that
-    have no such box, or a mask of another size."""
+    """A record's targets, with what of their boxes lies in its picture (height, width); those of
+    which nothing does are left out, and those with a mask of another size."""
     targets, image = [], record["image"]
     for target in record["targets"]:
         boxes, mask = [], target.get("mask")
@@ -1695,6 +1694,9 @@ def saved_options(out):
 def parse_options(argv=None):
     """The Options of a command: what was typed; else, for one that goes on from a run, that run's;
     else what suits the data."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has every letter, a console may not
+            stream.reconfigure(errors="replace")
     formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=29)
     cli = CommandLine(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     for f in fields(Options):
@@ -1867,7 +1869,7 @@ def report(options, records, held_out, skipped):
         draw_grounding(models, tokenizer, list(worst.values())[:4], options, out / "worst.png")
     if not options.eval_only:
         draw_curves(out / "metrics.jsonl")
-    print(f"in {out}: {' '.join(sorted(path.name for path in out.iterdir()))}")
+    print(f"in {out}: {' '.join(sorted(path.name for path in out.glob('*.*')))}")
 
 
 def pad_to_square(pixels):
@@ -1915,8 +1917,6 @@ def sentence(error):
 def main(argv=None):
     """Do what was typed. A mistake, a full disk or too little memory ends it with one line and
     status 2; Ctrl-C with the command that resumes."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a console may lack letters
     options = None
     try:
         options = parse_options(argv)
@@ -1933,9 +1933,8 @@ def main(argv=None):
             torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
         begun = options and saved_options(options.out)
-        again = (
-            f"; python hist.py --resume --out {shlex.quote(options.out)} goes on" if begun else ""
-        )
+        out = shlex.quote(options.out) if begun else ""
+        again = f"; python hist.py --resume --out {out} goes on" if begun else ""
         print(f"hist.py: stopped{again}", file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
