@@ -1772,7 +1772,7 @@ def only_writer(out):
     try:
         yield
     finally:
-        lock.unlink()
+        lock.unlink(missing_ok=True)
         with suppress(OSError):
             out.rmdir()  # where nothing was written into it
 

@@ -181,11 +181,12 @@ def run_here(scenes_run, here):
     return here / "out/scenes"
 
 
-REFUSED = "--image-size 48/--data other.jsonl/--batch-size 16/--seed 1/--base-steps 2/--steps 5"
-REFUSED += "/--steps 0/--levels caption/--width 64/--vocab-size 9/--pretrained/--root elsewhere"
+REFUSED = "--image-size 48, --data other.jsonl --out out/scenes, --batch-size 16, --seed 1, "
+REFUSED += "--base-steps 2, --steps 5, --steps 0, --levels caption, --width 64, --vocab-size 9, "
+REFUSED += "--pretrained, --root elsewhere"
 
 
-@pytest.mark.parametrize("typed", REFUSED.split("/"))
+@pytest.mark.parametrize("typed", REFUSED.split(", "))
 def test_what_a_resumed_run_cannot_change_is_refused_before_anything_is_written(
     run_here, capsys, typed
 ):
