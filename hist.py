@@ -1897,16 +1897,14 @@ def look(options):
     print(drawn)
 
 
-LOST = ("DataLoader worker (pid", "DataLoader timed out", "shared memory")
-
-
 def sentence(error):
     """What a person is told of an error; one of the program's own is raised again."""
     said = " ".join(str(error).split("UserError: ")[-1].split())  # a worker's has its traceback
     memory = (MemoryError, torch.OutOfMemoryError)
     if isinstance(error, memory) or "allocate memory" in said:
         return f"out of memory: lower --batch-size or --image-size, or raise --accumulate: {said}"
-    if isinstance(error, ConnectionError) or any(text in said for text in LOST):
+    lost = ("DataLoader worker (pid", "DataLoader timed out", "shared memory")
+    if isinstance(error, ConnectionError) or any(text in said for text in lost):
         how = "--workers 0 does without, docker run --shm-size 8g gives them more shared memory"
         return f"--workers: what one has loaded did not arrive; {how}: {said}"
     if isinstance(error, RuntimeError):

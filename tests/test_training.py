@@ -265,6 +265,24 @@ def test_metrics_of_a_killed_run_are_kept_up_to_its_checkpoint(here):
     assert lines("metrics.jsonl") == [*rows[:3], {"run": "hist", "step": 3, "again": 1}]
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs a list of open files")
+def test_no_file_is_renamed_while_it_is_open(here, told, monkeypatch):
+    """Windows would refuse."""
+    renamed, replace = [], os.replace
+
+    def then_closed(old, new):
+        names = [entry for entry in os.scandir("/proc/self/fd") if os.path.exists(entry.path)]
+        assert not {str(old), str(new)} & {Path(os.readlink(entry)).name for entry in names}
+        renamed.append(str(new))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", then_closed)
+    o = options(base_steps=0, steps=2, batch_size=2, save_every=1, out=".")
+    for name in ("baseline", "hist"):
+        hist.train(name, ["caption"], samples_of(o), o, 2)
+    assert renamed == ["metrics.jsonl", *["baseline.pt"] * 2, "metrics.jsonl", *["hist.pt"] * 2]
+
+
 # --------------------------------------------------------------------------------- real trainings
 SHORT = dict(base_steps=0, steps=6, batch_size=4, save_every=2, composition_start=0.3, lr=0.01)
 
