@@ -26,15 +26,15 @@ import random
 import shlex
 import signal
 import sys
+import tempfile
 import textwrap
 import time
 import unicodedata
 from collections import Counter, defaultdict, namedtuple
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from pickle import PickleError
 
 import numpy as np
 import timm
@@ -55,9 +55,8 @@ RANK = int(os.environ.get("RANK", 0))  # this process, and of how many: torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
-class UserError(ValueError):
-    """A mistake that the person at the keyboard can mend: one line, status 2, no traceback. A
-    ValueError, for where an entry of the data is at fault it is listed instead; see `each`."""
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend: one line, status 2, no traceback."""
 
 
 def insist(good, why):
@@ -270,7 +269,8 @@ class Samples(Dataset):
     def __init__(self, records, tokenizer, options, skipped):
         self.records, self.tokenizer = records, tokenizer
         self.options, self.skipped = options, skipped
-        self.given = read_given(options.parses)  # {caption: its phrases}, of another parser
+        with blaming("--parses"):  # {caption: its phrases}, of another parser
+            self.given = parse.read_parses(options.parses) if options.parses else {}
 
     def __len__(self):
         return len(self.records)
@@ -287,7 +287,7 @@ class Samples(Dataset):
                 crop = None if drawn else rng
                 return record, read_image(record["image"], self.options.image_size, crop)
             except UserError as error:
-                self.skipped.add("image", record["image"], error)
+                self.skipped.add("image", record["image"], str(error))
         raise UserError(f"none of the {len(self)} pictures to train on can be read")
 
     def parse(self, caption):
@@ -682,6 +682,7 @@ def hist_losses(model, batch, levels, hardness, cam_layer, teacher=None):
 
 
 # ----------------------------------------------------------------------------------- training
+PATIENCE = 50  # seconds that a batch is waited for, which --workers may have lost
 WEIGHT_DECAY, BETAS = 0.02, (0.9, 0.98)
 WARMUP_STEPS, LEAST_RATE = 100, 0.01  # the last rate, as a share of its peak
 FINE_TUNING_RATE = 0.5  # the peak of what goes on from a base, as a share of --lr
@@ -728,6 +729,7 @@ def loader(samples, options, first, last):
     positions = [p for p in range(first, last) if p // size % WORLD == RANK]
     how = dict(num_workers=options.workers, pin_memory=options.device == "cuda")
     how |= dict(collate_fn=collate, worker_init_fn=start_worker)
+    how["timeout"] = PATIENCE if options.workers else 0
     return DataLoader(samples, size, sampler=positions, **how)
 
 
@@ -801,7 +803,7 @@ def train(name, levels, samples, options, steps):
             bar.set_postfix_str(", ".join(f"{k} {v:.2f}" for k, v in values.items()), False)
             if step + 1 == steps or (step + 1) % options.save_every == 0:
                 metrics.flush()
-                samples.skipped.check(samples.skipped.total or len(samples))
+                samples.skipped.check()
                 seconds = time.time() - began
                 state = {"step": step + 1, "seconds": seconds, "options": asdict(options)}
                 state |= {"words": samples.tokenizer.words, "model": model.state_dict()}
@@ -848,7 +850,8 @@ def balance(heat, mask1, mask2):
 def vqa_accuracy(said, answers):
     """1 for the only answer; for ten annotators' VQA v2's accuracy: min(n / 3, 1), n of the others
     having said it, averaged over leaving out each."""
-    count, total = answers.count(said), len(answers)
+    count = [answer.strip() for answer in answers].count(said.strip())
+    total = len(answers)
     if total == 1:
         return float(count)
     return (count * min((count - 1) / 3, 1) + (total - count) * min(count / 3, 1)) / total
@@ -1394,16 +1397,14 @@ def make_vit(options):
 # [{"phrase": str, "boxes": [[x0, y0, x1, y1], …], "mask": …, "tags": …, "object": …}, …],
 # "questions": [{"text", "kind", "choices", "answers"}, …]}, and the rest knows only these.
 class Skipped:
-    """What of the data cannot be used, and why: lines of a file, of whichever process met it; what
-    two processes meet is there twice."""
+    """What of the data cannot be used, and why: lines of a file, of whichever process met it."""
 
     def __init__(self, path, max_bad):
         self.path, self.max_bad, self.added = Path(path), max_bad, set()
         self.total = 0  # images that the readers met
 
     def add(self, kind, which, why):
-        row = {"kind": kind, "which": str(which), "why": " ".join(str(why).split())[:300]}
-        line = json.dumps(row) + "\n"
+        line = json.dumps({"kind": kind, "which": str(which), "why": why}) + "\n"
         if line not in self.added:
             self.added.add(line)
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -1415,91 +1416,112 @@ class Skipped:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         return len({row["which"] for row in map(json.loads, lines) if row["kind"] == kind})
 
-    def check(self, total):
-        """UserError where of a total of images more than max_bad cannot be used."""
-        share = f"{self.count()} of {total} images cannot be used"
-        good = self.count() <= self.max_bad * total
-        insist(good, f"{share}, more than --max-bad {self.max_bad}; {self.path} lists them")
+    def check(self):
+        """UserError where more than max_bad of the images cannot be used."""
+        bad = self.count()
+        said = f"{bad} of {self.total} images cannot be used, more than --max-bad {self.max_bad}"
+        insist(bad <= self.max_bad * self.total, f"{said}; {self.path} lists them")
 
 
-FAULTS = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # of a malformed entry
+@contextmanager
+def blaming(what, skipped=None):
+    """What fails inside is a UserError about `what`; or skipped, where `what` is (kind, which)."""
+    try:
+        yield
+    except ImportError:
+        raise  # nothing is wrong with the data
+    except Exception as error:  # PIL, pickle and torch have as many as there are ways to fail
+        missing = " is missing" if isinstance(error, KeyError) else ""
+        why = " ".join(f"{error}{missing}".split())[:300]
+        if skipped is None:
+            raise UserError(f"{what}: {why}") from error
+        skipped.add(*what, why)
 
 
-def each(kind, entries, use, skipped, where):
-    """Call use(number, entry) for each entry; one that cannot be used is listed, and left out."""
-    for number, entry in enumerate(entries):
-        try:
-            use(number, entry)
-        except FAULTS as error:
-            missing = " is missing" if isinstance(error, KeyError) else ""
-            skipped.add(kind, f"{where}, entry {number}", f"{error}{missing}")
+def read_text(path):
+    """The text of a file, UTF-8 or as its BOM says; UserError names the line that is neither."""
+    data = Path(path).read_bytes()
+    encoding = json.detect_encoding(data)
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not {encoding}: {error.reason}") from error
 
 
 def read_json(path, *names):
     """The lists of these names in a JSON file; UserError with the file, the line and the fault."""
+    text = read_text(path)
     try:
-        data = json.loads(Path(path).read_bytes())
+        data = json.loads(text)
         return [list(data[name]) for name in names]
-    except (*FAULTS, OSError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         line = getattr(error, "lineno", 1)
         raise UserError(f"{path}, line {line}: no JSON object with {names}: {error!r}") from error
 
 
+def cut_box(box, size):
+    """A box cut at the edges of its picture (height, width); UserError where nothing is left."""
+    x0, y0, x1, y1 = box
+    cut = [max(x0, 0), max(y0, 0), min(x1, size[1]), min(y1, size[0])]
+    insist(cut[0] < cut[2] and cut[1] < cut[3], f"its box {box} has no pixel in the picture")
+    return cut
+
+
 def read_coco(root, split, skipped):
-    """Records of COCO 2017's split: "train" with captions, "val" with targets too, the instances
-    of each category in an image. Boxes, masks and pixels as stored, not as EXIF would turn them."""
+    """Records of COCO 2017's split: "train" with captions, "val" with targets too. Boxes, masks and
+    pixels as stored, not as EXIF would turn them."""
     folder, notes = root / f"{split}2017", root / "annotations"
-    captions, instances = (
-        notes / f"captions_{split}2017.json",
-        notes / f"instances_{split}2017.json",
-    )
-    for path in (captions, folder, instances)[: 3 if split == "val" else 2]:
-        how = (
-            f"python -m tests.paper.convert coco {root} fetches it (20 GB), or see cocodataset.org"
-        )
+    told, instances = (notes / f"{kind}_{split}2017.json" for kind in ("captions", "instances"))
+    how = f"python -m tests.paper.convert coco {root} fetches it (20 GB), or see cocodataset.org"
+    for path in (told, folder, instances)[: 3 if split == "val" else 2]:
         insist(path.exists(), f"--root {root}: there is no {path}; {how}")
-    images, said = read_json(captions, "images", "annotations")
-    there, records, names = set(os.listdir(folder)), {}, {}
-
-    def add_image(number, entry):
-        name, size = entry["file_name"], [entry["height"], entry["width"]]
-        insist(Path(name).name == name, f"{name} leads out of the folder")
-        insist(name in there, f"there is no file {name}")
-        insist(entry["id"] not in records, "its id is there twice")
-        record = {"image": folder / name, "captions": [], "targets": {}, "size": size}
-        records[entry["id"]] = record | {"split": split}
-
-    def add_caption(number, entry):
-        caption = entry["caption"]
-        insist(isinstance(caption, str) and caption.strip(), f"no caption: {caption!r}")
-        records[entry["image_id"]]["captions"].append(caption.strip())
-
-    def add_instance(number, entry):
-        record, name, part = (
-            records[entry["image_id"]],
-            names[entry["category_id"]],
-            entry["segmentation"],
-        )
-        (height, width), (x, y, w, h) = record["size"], entry["bbox"]
-        box = [max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)]
-        insist(box[0] < box[2] and box[1] < box[3], f"its box {entry['bbox']} has no pixel")
-        empty = {"phrase": name, "boxes": [], "mask": {"size": record["size"], "parts": []}}
-        target = record["targets"].setdefault(name, empty)
-        target["mask"]["parts"].append(part)
-        target["boxes"].append(box)
-
-    each("image", images, add_image, skipped, captions.name)
-    each("caption", said, add_caption, skipped, captions.name)
+    images, captions = read_json(told, "images", "annotations")
+    there, records = set(os.listdir(folder)), {}
+    for number, entry in enumerate(images):
+        with blaming(("image", f"{told.name}, entry {number}"), skipped):
+            name, size = entry["file_name"], (entry["height"], entry["width"])
+            insist(Path(name).name == name, f"{name} leads out of the folder")
+            insist(name in there, f"there is no file {name}")
+            insist(entry["id"] not in records, "its id is there twice")
+            record = {"image": folder / name, "captions": [], "targets": [], "size": size}
+            records[entry["id"]] = record | {"split": split}
+    for number, entry in enumerate(captions):
+        with blaming(("caption", f"{told.name}, entry {number}"), skipped):
+            caption = entry["caption"]
+            insist(isinstance(caption, str) and caption.strip(), f"no caption: {caption!r}")
+            records[entry["image_id"]]["captions"].append(caption.strip())
     if split == "val":
-        truth, categories = read_json(instances, "annotations", "categories")
-        names.update((category["id"], category["name"]) for category in categories)
-        each("annotation", truth, add_instance, skipped, instances.name)
+        add_instances(records, instances, skipped)
     for record in records.values():
-        record["targets"] = list(record["targets"].values())
         if not record["captions"]:
             skipped.add("image", record["image"], "no caption of it can be used")
     skipped.total += len(images)
     return [record for record in records.values() if record["captions"]]
+
+
+def add_instances(records, path, skipped):
+    """Give COCO's records {id: record} a target for each category: all its instances in the image;
+    of one whose mask cannot be used the box is the mask."""
+    annotations, categories = read_json(path, "annotations", "categories")
+    names = {category["id"]: category["name"] for category in categories}
+    boxes, parts = defaultdict(list), defaultdict(list)  # of (image id, category)
+    for number, entry in enumerate(annotations):
+        where = f"{path.name}, entry {number}"
+        with blaming(("annotation", where), skipped):
+            group = entry["image_id"], names[entry["category_id"]]
+            (x, y, width, height), size = entry["bbox"], records[group[0]]["size"]
+            x0, y0, x1, y1 = box = cut_box([x, y, x + width, y + height], size)
+            part = [[x0, y0, x1, y0, x1, y1, x0, y1]]
+            with blaming(("mask", where), skipped):
+                decode_mask({"size": size, "parts": [entry["segmentation"]]})
+                part = entry["segmentation"]
+            boxes[group].append(box)
+            parts[group].append(part)
+    for (image_id, phrase), found in boxes.items():
+        mask = {"size": records[image_id]["size"], "parts": parts[image_id, phrase]}
+        target = {"phrase": phrase, "boxes": found, "mask": mask}
+        records[image_id]["targets"].append(target)
 
 
 def decode_mask(mask):
@@ -1509,25 +1531,26 @@ def decode_mask(mask):
     if isinstance(mask, np.ndarray):
         return mask
     height, width = mask["size"]
-    drawn, runs = Image.new("1", (width, height)), np.zeros((width, height), dtype=bool)
+    drawn = Image.new("1", (width, height))
     for part in mask["parts"]:
         if isinstance(part, dict):
             counts = part["counts"]
-            good = isinstance(counts, list) and sum(counts) == runs.size
-            insist(good, f"run lengths are compressed, or not of {runs.size} pixels")
-            runs |= np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height)
+            good = isinstance(counts, list) and sum(counts) == height * width
+            insist(good, f"run lengths are compressed, or not of {height * width} pixels")
+            runs = np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height)
+            drawn.paste(1, mask=Image.fromarray(runs.T))
         else:
             for polygon in part:
                 ImageDraw.Draw(drawn).polygon(polygon, fill=1)
-    return np.asarray(drawn) | runs.T
+    return np.asarray(drawn)
 
 
 def read_record(line, folder):
-    """A record from a line of JSONL; one of FAULTS says what is wrong with it."""
+    """A record from a line of JSONL; what it raises says what is wrong with it."""
     record = json.loads(line)
     name, captions = Path(record["image"]), record["captions"]
     split, targets = record.get("split", "train"), record.get("targets") or []
-    inside = not name.is_absolute() and ".." not in name.parts
+    inside = not name.is_absolute() and ".." not in name.parts  # where a link leads is not asked
     insist(inside, f'"image": {name} leads out of {folder}')
     insist((folder / name).is_file(), f'"image": there is no picture {folder / name}')
     good = isinstance(captions, list) and captions and all(isinstance(c, str) for c in captions)
@@ -1537,42 +1560,28 @@ def read_record(line, folder):
         good = target["phrase"].strip() and target["boxes"]
         for x0, y0, x1, y1 in target["boxes"]:
             good = good and x0 < x1 and y0 < y1
+            insist(max(x1, y1) > 1, '"boxes" are in pixels: these look like shares of the picture')
         insist(good, '"targets": {"phrase": …, "boxes": [[x0, y0, x1, y1], …]}, x0 < x1, y0 < y1')
     for question in record.get("questions") or []:
         good = isinstance(question["text"], str) and question["kind"] and question["answers"]
-        insist(good, '"questions": a question is {"text": …, "kind": …, "answers": [ … ]}')
+        good = good and all(isinstance(answer, str) for answer in question["answers"])
+        insist(good, '"questions": a question is {"text": …, "kind": …, "answers": ["…", …]}')
     return record | {"image": folder / name, "split": split, "targets": targets}
 
 
 def read_jsonl(path):
-    """(training records, those of all other splits) of a JSONL file, a record a line, pictures
-    named from its folder; UserError gives the line and what is wrong. Where all are for training,
-    every tenth is held out."""
+    """(training records, those of all other splits) of a JSONL file; UserError gives the line and
+    what is wrong. Where all are for training, every tenth is held out."""
     path, records = Path(path), []
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error}") from error
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        with blaming(f"{path}, line {number}"):
             records += [read_record(line, path.parent)] if line.strip() else []
-        except FAULTS as error:
-            missing = " is missing" if isinstance(error, KeyError) else ""
-            raise UserError(f"{path}, line {number}: {error}{missing}") from error
     if all(record["split"] == "train" for record in records):
         for record in records[9::10] or records[-1:]:
             record["split"] = "val"
         print(f'{path.name}: no line says "split": "val"; every tenth is held out to evaluate on')
     train = [record for record in records if record["split"] == "train"]
     return train, [record for record in records if record["split"] != "train"]
-
-
-def read_given(path):
-    """--parses: {caption: [parse.Phrase, …]}; UserError names a wrong line."""
-    try:
-        return parse.read_parses(path) if path else {}
-    except ValueError as error:
-        raise UserError(f"--parses {error}") from error
 
 
 def load_data(options, skipped):
@@ -1587,24 +1596,31 @@ def load_data(options, skipped):
         train, held_out = read_jsonl(options.data)
         skipped.total += len(train) + len(held_out)
     held_out = usable(held_out, options, skipped)
-    skipped.check(skipped.total)
+    skipped.check()
     insist(held_out, f"{options.data}: there is no image to evaluate on")
     return train, held_out
 
 
 def load_pixels(image, upright=False):
     """A path or an array as an array (height, width, 3) uint8; as stored, or upright as its EXIF
-    tag says. UserError where it is no picture."""
+    tag says; what is transparent is white. UserError where it is no picture."""
     if isinstance(image, np.ndarray):
         return image
-    try:
-        with Image.open(image) as picture:
-            picture = ImageOps.exif_transpose(picture) if upright else picture
-            if picture.mode.startswith("I"):  # 16 bits: convert() cuts at 255, and all is white
-                picture = Image.fromarray((np.asarray(picture) // 257).clip(0, 255).astype("uint8"))
-            return np.array(picture.convert("RGB"))
-    except Exception as error:  # PIL has as many exceptions as ways to fail
-        raise UserError(f"{image}: not readable as a picture: {error}") from error
+    with blaming(f"{image}: not readable as a picture"), Image.open(image) as picture:
+        with suppress(Exception):  # a malformed EXIF block says nothing about the pixels
+            if upright:
+                picture = ImageOps.exif_transpose(picture)
+            picture.getexif().pop(0x0112, None)  # or PIL turns a TIFF as it loads it
+        if picture.mode[0] in "IF":  # 16 bits, or floats, which convert() would cut
+            grey = np.nan_to_num(np.asarray(picture, dtype=float), posinf=0)
+            white = min((top for top in (1, 255, 65_535) if grey.max() <= top), default=grey.max())
+            grey = 255 * (grey / white).clip(0, 1)
+            picture = Image.fromarray(grey.round().astype(np.uint8))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture)
+        return np.array(picture.convert("RGB"))
 
 
 def read_image(image, side, crop=None):
@@ -1621,27 +1637,31 @@ def read_image(image, side, crop=None):
 
 def usable(records, options, skipped):
     """The records to evaluate on: of the first --eval-images of each split those whose picture can
-    be read, with the targets whose masks can."""
+    be read, with the targets that lie in it."""
     kept, seen = [], Counter()
-
-    def check_target(number, target):
-        if target.get("mask") is not None:
-            shape = decode_mask(target["mask"]).shape
-            insist(shape == size, f"{record['image']} has {size} pixels, its mask {shape}")
-        targets.append(target)
-
     for record in records:
         seen[record["split"]] += 1
-        if 0 < options.eval_images < seen[record["split"]]:
-            continue
-        try:
-            size, targets = load_pixels(record["image"]).shape[:2], []
-        except UserError as error:
-            skipped.add("image", record["image"], error)
-        else:
-            each("mask", record["targets"], check_target, skipped, record["image"])
-            kept.append(record | {"targets": targets})
+        if not 0 < options.eval_images < seen[record["split"]]:
+            with blaming(("image", record["image"]), skipped):
+                size = load_pixels(record["image"]).shape[:2]
+                kept.append(record | {"targets": usable_targets(record, size, skipped)})
     return kept
+
+
+def usable_targets(record, size, skipped):
+    """A record's targets, with what of their boxes lies in its picture (height, width); those of
+    which nothing does are left out, and those with a mask of another size."""
+    targets, image = [], record["image"]
+    for target in record["targets"]:
+        boxes, mask = [], target.get("mask")
+        for box in target["boxes"]:
+            with blaming(("box", image), skipped):
+                boxes.append(cut_box(box, size))
+        with blaming(("mask", image), skipped):
+            shape = size if mask is None else decode_mask(mask).shape
+            insist(shape == size, f"{image} has {size} pixels, its mask {shape}")
+            targets += [target | {"boxes": boxes}] if boxes else []
+    return targets
 
 
 # --------------------------------------------------------------------------------------- main
@@ -1663,7 +1683,7 @@ def write_whole(path, data):
 def read_checkpoint(path, options):
     """(model, tokenizer, state) of a checkpoint, no code run, the positions of its ViT resampled to
     --image-size; UserError where it is none."""
-    try:
+    with blaming(f"{path} is no checkpoint that fits these options"):
         state = torch.load(path, map_location=options.device, weights_only=True)
         tokenizer, weights, name = Tokenizer(state["words"]), state["model"], "vit.pos_embed"
         options = replace(options, pretrained=False)  # the weights are here: nothing to fetch
@@ -1673,8 +1693,6 @@ def read_checkpoint(path, options):
             resample = timm.layers.resample_abs_pos_embed
             weights[name] = resample(weights[name], model.grid, num_prefix_tokens=prefix)
         model.load_state_dict(weights)
-    except (*FAULTS, OSError, RuntimeError, EOFError, PickleError) as error:
-        raise UserError(f"{path} is no checkpoint that fits these options: {error}") from error
     return model, tokenizer, state
 
 
@@ -1687,8 +1705,7 @@ def start_training(path, samples, options, base_steps):
     if source:
         model, tokenizer, state = read_checkpoint(source, options)
         same = tokenizer.words == samples.tokenizer.words
-        same &= not resumed or state["options"]["image_size"] == options.image_size
-        insist(same, f"{source}: of other captions than these, or of another --image-size")
+        insist(same, f"{source}: of other captions than these")
     else:
         model = MODELS[options.base](options, samples.tokenizer).to(options.device)
         if options.data == "scenes":
@@ -1723,18 +1740,17 @@ def to_device(batch, device):
 
 
 def start_worker(number):
-    """Of a process that loads images: Ctrl-C is the main process's to answer, as faults are."""
-
-    def forget(*fault):
-        """What a thread of it meets as the run ends is nobody's concern."""
-
+    """Of a process that loads images: Ctrl-C, and what fails, are the main process's to tell."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = forget
+    sys.stderr = open(os.devnull, "w")
 
 
 EPOCHS = 10  # of --steps 0
 ONCE = ("resume", "eval_only", "ground", "device")  # asked of one command, not kept with a run
 OF_MODEL = ("base", "vit", "image_size", "width", "text_layers", "fusion_layers", "cam_layer")
+CHECKPOINTS = ("base.pt", "baseline.pt", "hist.pt")
+# What a resumed run may change, beside more --steps; it would do the rest by halves, or not at all.
+CHANGEABLE = ("out", "lr", "accumulate", "save_every", "workers", "eval_images", "max_bad")
 
 
 def table(results):
@@ -1757,15 +1773,14 @@ def free_cores():
     Threads that wait for each other spin: beside one busy program on 2 cores, two of them train
     half as fast as one."""
     cores, ticks = os.cpu_count() or 1, []
-    try:
+    with suppress(OSError, ValueError):
         for pause in (0.3, 0):
             line = Path("/proc/stat").read_text().split("\n")[0]
-            ticks.append(np.array([int(value) for value in line.split()[1:9]]))
+            ticks.append(np.array(line.split()[1:9], dtype=int))
             time.sleep(pause)
         spent = ticks[1] - ticks[0]
-        return max(1, round(cores * spent[3:5].sum() / spent.sum()))  # idle, and waiting for a disk
-    except (OSError, ValueError):
-        return cores
+        cores = max(1, round(cores * spent[3:5].sum() / spent.sum()))  # idle, waiting for a disk
+    return cores
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -1773,52 +1788,74 @@ class CommandLine(argparse.ArgumentParser):
         raise UserError(f"{message}; python hist.py --help lists the options")
 
 
+def saved_options(out):
+    """What the run in a folder was told; None where there is none."""
+    path = Path(out) / "options.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def parse_options(argv=None):
     """The Options of a command: what was typed; else, for one that goes on from a run, that run's;
     else what suits the data."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has every letter, a console may not
+            stream.reconfigure(errors="replace")
     formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=29)
     cli = CommandLine(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     for f in fields(Options):
         how = {"type": f.type, "metavar": f.type.__name__.upper()}
         how = {bool: {"action": "store_true"}, list: {"nargs": "+"}}.get(f.type, how)
         text = f.metadata["help"] + (f" [{f.default}]" if f.default else "")
-        cli.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **how)
-    typed = cli.parse_args(argv)
-    cli.set_defaults(**presets(typed.data, typed.base))
-    if typed.init:
+        cli.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **how)
+    typed = vars(cli.parse_args(argv))
+    told = presets(typed.get("data", Options.data), typed.get("base", Options.base))
+    if "init" in typed:
         with suppress(Exception):  # what is wrong with it read_checkpoint will say
-            given = torch.load(typed.init, "meta", weights_only=True)["options"]
-            cli.set_defaults(base_steps=0, **{name: given[name] for name in OF_MODEL})
-    if typed.resume or typed.eval_only or typed.ground:
-        path = Path(cli.parse_args(argv).out) / "options.json"
-        insist(path.exists(), f"there is no run in {path.parent}: train first, or say --out FOLDER")
-        cli.set_defaults(**json.loads(path.read_text()))
-    options = Options(**vars(cli.parse_args(argv)))
+            given = torch.load(typed["init"], "meta", weights_only=True)["options"]
+            told |= {"base_steps": 0} | {name: given[name] for name in OF_MODEL}
+    told |= typed
+    if typed.keys() & {"resume", "eval_only", "ground"}:
+        saved = saved_options(told["out"])
+        insist(saved is not None, f"there is no run in {told['out']}: train first, or say --out")
+        for name, value in typed.items() if "resume" in typed else ():
+            check_change(name, value, saved.get(name, value))
+        told |= saved | typed | {"out": told["out"]}
+    options = Options(**told)
     check_options(options)
     return options
 
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def check_change(name, value, old):
+    """UserError where a resumed run cannot change an option from its old value."""
+    good = value == old or name in CHANGEABLE or name == "steps" and value > old
+    may = f"raise --steps, and change {', '.join(map(flag, CHANGEABLE[1:]))}"
+    insist(good, f"{flag(name)} {value}: this run has {old}; with --resume one may {may}")
+
+
 def check_options(options):
     """Settle the device; UserError where options do not fit each other, or the machine."""
-    here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    here = {"cuda": cuda, "mps": mps, "cpu": True}
     if options.device == "auto":
         options.device = next(device for device in here if here[device])
-    numbers = {name: v for name, v in asdict(options).items() if isinstance(v, (int, float))}
-    for name, value in numbers.items():
-        insist(value >= 0, f"--{name.replace('_', '-')} {value}: 0 or more, please")
-    parts, layers = options.accumulate * WORLD, options.fusion_layers
-    levels = {*LEVELS, "composition"}
-    for name in ("accumulate", "batch_size", "save_every", "image_size", "width"):
-        insist(getattr(options, name), f"--{name.replace('_', '-')}: at least 1, please")
+    for name, value in vars(options).items():
+        least = int(name in ("accumulate", "batch_size", "save_every", "image_size", "width"))
+        good = not isinstance(value, (int, float)) or value >= least
+        insist(good, f"{flag(name)} {value}: {least} or more, please")
     insist(options.base in MODELS, f"--base {options.base}: albef or blip")
     insist(options.steps or options.data != "scenes", "--steps 0: scenes have no end, and no epoch")
-    rest, why = options.batch_size % parts, "--accumulate times processes"
-    insist(rest == 0, f"--batch-size: take a multiple of {parts}, {why}")
+    parts = options.accumulate * WORLD
+    whole = options.batch_size % parts == 0
+    insist(whole, f"--batch-size: take a multiple of {parts}, --accumulate times processes")
     insist(here.get(options.device), f"--device {options.device}: this machine has none")
-    named = set(options.levels.split(","))
+    named, levels = set(options.levels.split(",")), {*LEVELS, "composition"}
     insist(named <= levels, f"--levels {options.levels}: they are {', '.join(levels)}")
     insist(named & set(LEVELS), "--levels composition: it needs another, until it begins")
-    heads = max(4, options.width // 64)
+    heads, layers = max(4, options.width // 64), options.fusion_layers
     insist(options.width % heads == 0, f"--width: take a multiple of {heads}, its heads")
     insist(options.cam_layer < layers, f"--cam-layer: the fusion layers are 0 to {layers - 1}")
     insist(not (options.pretrained and options.vit == "scenes"), "--pretrained: say --vit NAME too")
@@ -1827,11 +1864,41 @@ def check_options(options):
     insist(not there, "--init: it lies in --out, which a run empties; say another --out")
 
 
+@contextmanager
+def only_writer(out):
+    """No other run writes into a folder meanwhile: a file there holds the number of the process,
+    and counts nothing when that is gone."""
+    lock = out / "running"
+    holder = lock.read_text() if lock.exists() else ""
+    said = f"another run writes into {out}, process {holder}; if it does not, delete {lock}"
+    with suppress(ProcessLookupError, PermissionError):
+        if holder not in ("", str(os.getpid())):
+            os.name == "nt" or os.kill(int(holder), 0)  # on Windows that would end it
+            raise UserError(said)
+    out.mkdir(parents=True, exist_ok=True)
+    lock.unlink(missing_ok=True)
+    with open(lock, "x") as file:
+        file.write(str(os.getpid()))
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        with suppress(OSError):
+            out.rmdir()  # where nothing was written into it
+
+
 def prepare(options):
-    """(Samples to train on, held-out records) of a run, its folder made and its options written."""
-    out = Path(options.out)
+    """(Samples to train on, held-out records) of a run, its folder made and its options written.
+    Checkpoints and options there stay as they are until all that was typed is known to fit."""
+    out, fresh = Path(options.out), RANK == 0 and not options.resume
+    tokenizer = read_checkpoint(options.init, options)[1] if options.init else None
+    MODELS[options.base](options, tokenizer or Tokenizer(Tokenizer.SPECIAL))  # stops wrong options
+    grown = map(out.joinpath, ("vit.pt", *CHECKPOINTS, "metrics.jsonl"))
+    old = [path for path in grown if fresh and path.exists()]
+    data = (saved_options(out) or {}).get("data", options.data)
+    same = not old or os.path.abspath(data) == os.path.abspath(options.data)
+    insist(same, f"{out} holds a run on {data}: say another --out, or delete it")
     skipped = Skipped(out / "skipped.jsonl", options.max_bad)
-    fresh = RANK == 0 and not options.resume
     if fresh:
         skipped.path.unlink(missing_ok=True)
     records, held_out = load_data(options, skipped)
@@ -1839,44 +1906,52 @@ def prepare(options):
     options.steps = options.steps or max(1, EPOCHS * len(records) // options.batch_size)
     some = range(100_000, 102_000) if options.data == "scenes" else range(len(records))
     captions = (caption for i in some for caption in records[i]["captions"])
-    tokenizer = read_checkpoint(options.init, options)[1] if options.init else None
     tokenizer = tokenizer or Tokenizer.build(captions, options.vocab_size)
-    MODELS[options.base](options, tokenizer)  # options that build no model stop here
+    samples = Samples(records, tokenizer, options, skipped)
+    for name in CHECKPOINTS:
+        if options.resume and (out / name).exists():
+            start_training(out / name, samples, options, 0)
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
-        for old in (
-            ("vit.pt", "base.pt", "baseline.pt", "hist.pt", "metrics.jsonl") if fresh else ()
-        ):
-            (out / old).unlink(missing_ok=True)
+        for path in old:
+            print(f"{path}, of an older run, is deleted", file=sys.stderr)
+            path.unlink()
         kept = {name: value for name, value in asdict(options).items() if name not in ONCE}
         write_whole(out / "options.json", json.dumps(kept, indent=1))
     if WORLD > 1:
         torch.distributed.barrier()
-    return Samples(records, tokenizer, options, skipped), held_out
+    return samples, held_out
 
 
 def run(options):
     """Train the models, or none with --eval-only, and evaluate them on the same records."""
     if options.eval_only:
-        skipped = Skipped(Path(options.out) / "eval-only.skipped.jsonl", options.max_bad)
-        skipped.path.unlink(missing_ok=True)
-        records, held_out = load_data(options, skipped)
-    else:
+        path = writable(Path(options.out)) / "eval-only.skipped.jsonl"
+        path.unlink(missing_ok=True)
+        skipped = Skipped(path, options.max_bad)
+        return report(options, *load_data(options, skipped), skipped)
+    with only_writer(Path(options.out)) if RANK == 0 else nullcontext():
         samples, held_out = prepare(options)
-        records, skipped = samples.records, samples.skipped
         levels = options.levels.split(",")
         if options.base_steps:
             train("base", ["caption"], samples, options, options.base_steps)
         train("baseline", ["caption"], samples, options, options.steps)
         if levels != ["caption"]:
             train("hist", levels, samples, options, options.steps)
-    if RANK == 0:
-        report(options, records, held_out, skipped)
+        report(options, samples.records, held_out, samples.skipped)
+
+
+def writable(folder):
+    """The folder; a temporary one where it cannot be written into."""
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="hist-"))
 
 
 def report(options, records, held_out, skipped):
-    """Evaluate OUT's checkpoints; print the table, write OUT/results.json and the pictures."""
+    """Evaluate OUT's checkpoints; print the table, write results.json and the pictures beside the
+    list of what was skipped."""
     out, models, results, pairs = Path(options.out), {}, {}, []
+    if RANK > 0:
+        return
     for path in [path for path in (out / "baseline.pt", out / "hist.pt") if path.exists()]:
         model, tokenizer, state = read_checkpoint(path, options)
         answers = common_answers(records, tokenizer)
@@ -1884,6 +1959,7 @@ def report(options, records, held_out, skipped):
         models[path.stem], results[path.stem] = model, found
         print(f"{path.stem}: {state['step']} steps in {state['seconds']:.0f} s")
     insist(models, f"there is no baseline.pt and no hist.pt in {out}: train first")
+    out = skipped.path.parent
     if options.data != state["options"]["data"]:  # of --eval-only: the run's own results stay
         out = out / f"on-{Path(options.data).stem}"
         out.mkdir(exist_ok=True)
@@ -1906,7 +1982,15 @@ def report(options, records, held_out, skipped):
         draw_grounding(models, tokenizer, list(worst.values())[:4], options, out / "worst.png")
     if not options.eval_only:
         draw_curves(out / "metrics.jsonl")
-    print(f"in {out}: {' '.join(sorted(path.name for path in out.iterdir()))}")
+    print(f"in {out}: {' '.join(sorted(path.name for path in out.glob('*.*')))}")
+
+
+def pad_to_square(pixels):
+    """Pixels (height, width, 3) on a square of the colour of their border: a model of the scenes
+    knows no shape that is squeezed."""
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    side, colour = max(pixels.shape), np.median(border, 0).astype(int).tolist()
+    return np.array(ImageOps.pad(Image.fromarray(pixels), (side, side), color=tuple(colour)))
 
 
 def look(options):
@@ -1920,10 +2004,26 @@ def look(options):
     unknown = {word for word in words if tokenizer.unk_id in tokenizer.pieces(word)}
     if unknown:
         print(f"not in the vocabulary, read as [UNK]: {', '.join(sorted(unknown))}")
-    pixels = load_pixels(picture, upright=True)
+    pixels = pad_to_square(load_pixels(picture, upright=True))
     record = {"image": pixels, "captions": [Path(picture).name], "targets": [], "ask": phrases}
-    draw_grounding({path.stem: model}, tokenizer, [record], options, path.with_name("ground.png"))
-    print(path.with_name("ground.png"))
+    drawn = writable(path.parent) / "ground.png"
+    draw_grounding({path.stem: model}, tokenizer, [record], options, drawn)
+    print(drawn)
+
+
+def sentence(error):
+    """What a person is told of an error; one of the program's own is raised again."""
+    said = " ".join(str(error).split("UserError: ")[-1].split())  # a worker's has its traceback
+    memory = (MemoryError, torch.OutOfMemoryError)
+    if isinstance(error, memory) or "allocate memory" in said:
+        return f"out of memory: lower --batch-size or --image-size, or raise --accumulate: {said}"
+    lost = ("DataLoader worker (pid", "DataLoader timed out", "shared memory")
+    if isinstance(error, ConnectionError) or any(text in said for text in lost):
+        how = "--workers 0 does without, docker run --shm-size 8g gives them more shared memory"
+        return f"--workers: what one has loaded did not arrive; {how}: {said}"
+    if isinstance(error, RuntimeError):
+        raise error
+    return said
 
 
 def main(argv=None):
@@ -1944,22 +2044,13 @@ def main(argv=None):
         if WORLD > 1:
             torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
-        begun = options and (Path(options.out) / "options.json").exists()
-        again = (
-            f"; python hist.py --resume --out {shlex.quote(options.out)} goes on" if begun else ""
-        )
+        begun = options and saved_options(options.out)
+        out = shlex.quote(options.out) if begun else ""
+        again = f"; python hist.py --resume --out {out} goes on" if begun else ""
         print(f"hist.py: stopped{again}", file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        said = " ".join(str(error).split("UserError: ")[-1].split())  # a worker's has its traceback
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in said
-        if full:
-            said = (
-                "out of memory: lower --batch-size or --image-size, or raise --accumulate: " + said
-            )
-        elif isinstance(error, RuntimeError):
-            raise  # no mistake of the person's: the traceback is wanted
-        print(f"hist.py: {said}", file=sys.stderr)
+        print(f"hist.py: {sentence(error)}", file=sys.stderr)
         sys.exit(2)
 
 

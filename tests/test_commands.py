@@ -97,7 +97,9 @@ def test_ground_uses_the_last_model_and_the_phrases_that_are_asked(scenes_run, m
     hist.main(["--ground", "mine.png", "a ring", "a star", "--device", "cpu"])
     ((models, _, (asked,), _, path),) = drawn
     assert list(models) == ["hist"] and asked["ask"] == ["a ring", "a star"]
-    assert asked["image"].shape == (20, 30, 3) and path == Path("out/scenes/ground.png")
+    assert path == Path("out/scenes/ground.png") and asked["image"].shape == (30, 30, 3)
+    upright = hist.load_pixels("mine.png", upright=True)
+    assert upright.shape == (20, 30, 3) and (asked["image"][5:25] == upright).all()
     state = torch.load("out/scenes/hist.pt", weights_only=True)["model"]
     for name, value in models["hist"].state_dict().items():
         assert torch.equal(value, state[name])
@@ -164,6 +166,143 @@ def test_a_new_run_forgets_the_old_one_and_resume_keeps_it(here):
     assert Path("out/my/baseline.pt").stat().st_mtime_ns == before
     saved = json.loads(Path("out/my/options.json").read_text())
     assert saved["steps"] == 1 and "resume" not in saved and "device" not in saved
+
+
+# ----------------------------------------------------------------------- runs and their folders
+def contents(folder):
+    """{name: bytes} of a folder's files."""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.fixture
+def run_here(scenes_run, here):
+    """A copy of the scenes' run, six steps long, in out/scenes of an empty folder."""
+    shutil.copytree(scenes_run[0] / "out", here / "out")
+    return here / "out/scenes"
+
+
+REFUSED = "--image-size 48, --data other.jsonl --out out/scenes, --batch-size 16, --seed 1, "
+REFUSED += "--base-steps 2, --steps 5, --steps 0, --levels caption, --width 64, --vocab-size 9, "
+REFUSED += "--pretrained, --root elsewhere"
+
+
+@pytest.mark.parametrize("typed", REFUSED.split(", "))
+def test_what_a_resumed_run_cannot_change_is_refused_before_anything_is_written(
+    run_here, capsys, typed
+):
+    before = contents(run_here)
+    said = refused(capsys, "--resume", "--device", "cpu", *typed.split())
+    assert typed.split()[0] in said and contents(run_here) == before
+    for flag in ("--steps", "--lr", "--save-every", "--workers", "--eval-images", "--max-bad"):
+        assert flag in said  # what may be changed
+
+
+def test_what_a_resumed_run_may_change_is_applied(run_here):
+    typed = "--steps 8 --save-every 1 --lr 0.001 --eval-images 6 --max-bad 0.5 --batch-size 8"
+    hist.main(["--resume", "--device", "cpu", *typed.split()])
+    told = json.loads((run_here / "options.json").read_text())
+    assert (told["steps"], told["lr"], told["eval_images"], told["max_bad"]) == (8, 0.001, 6, 0.5)
+    for name in ("baseline", "hist"):
+        steps = [row["step"] for row in lines(run_here / "metrics.jsonl") if row["run"] == name]
+        assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+        state = torch.load(run_here / f"{name}.pt", weights_only=True)
+        assert state["step"] == 8 and state["options"]["lr"] == 0.001
+    assert json.loads((run_here / "results.json").read_text())["hist"]["images"] == 6
+
+
+def test_other_captions_are_seen_before_a_resumed_run_is_changed(here, capsys):
+    own_folder(here)
+    hist.main(["--data", "my.jsonl", *PHOTOS, "--steps", "1", "--levels", "caption"])
+    Path("my.jsonl").write_text(Path("my.jsonl").read_text().replace("cat and dog", "bird and fox"))
+    before = contents("out/my")
+    said = refused(capsys, "--resume", "--out", "out/my", "--device", "cpu", "--steps", "9")
+    assert "out/my/baseline.pt: of other captions" in said and contents("out/my") == before
+
+
+def test_a_folder_with_a_run_on_other_data_is_left_alone(here, capsys):
+    """Both files are called train.jsonl, and out/train would be the folder of both."""
+    for folder in ("a", "b"):
+        (here / folder).mkdir()
+        own_folder(here / folder)
+        (here / folder / "my.jsonl").rename(here / folder / "train.jsonl")
+    command = [*PHOTOS, "--steps", "1", "--levels", "caption"]
+    hist.main(["--data", "a/train.jsonl", *command])
+    before = contents("out/train")
+    said = refused(capsys, "--data", "b/train.jsonl", *command)
+    assert "out/train holds a run on a/train.jsonl" in said and "--out" in said
+    assert contents("out/train") == before
+    refused(capsys, "--data", "a/train.jsonl", *command, "--vit", "nonsense")
+    assert contents("out/train") == before
+    hist.main(["--data", "./a/train.jsonl", *command])  # of the same data: deleted, with a word
+    said = capsys.readouterr().err
+    for name in ("baseline.pt", "metrics.jsonl"):
+        assert f"out/train/{name}, of an older run, is deleted" in said
+
+
+def test_two_runs_do_not_write_into_one_folder(run_here, capsys):
+    """The process that waits for this one stands in for another run."""
+    (run_here / "running").write_text(str(os.getppid()))
+    before = contents(run_here)
+    for command in (SCENES, ["--resume", "--device", "cpu", "--steps", "9"]):
+        said = refused(capsys, *command)
+        assert f"another run writes into out/scenes, process {os.getppid()}" in said
+        assert "out/scenes/running" in said and contents(run_here) == before
+
+
+@pytest.mark.parametrize("left", ["a process that is gone", "its own number", "nothing"])
+def test_the_lock_of_a_run_that_was_killed_does_not_hold(run_here, left):
+    """Its own number: of a container that was started again."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    number = {"its own number": os.getpid(), "nothing": ""}.get(left, ended.pid)
+    (run_here / "running").write_text(str(number))
+    hist.main(["--resume", "--device", "cpu"])
+    assert not (run_here / "running").exists()
+
+
+def test_a_run_that_is_refused_leaves_no_folder(here, capsys):
+    assert "nothing.jsonl" in refused(capsys, "--data", "nothing.jsonl", *PHOTOS)
+    assert not Path("out/nothing").exists()
+
+
+READ_ONLY = "mount --bind there there && mount -o remount,bind,ro there && exec "
+
+
+@pytest.mark.skipif(
+    not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"]).returncode != 0,
+    reason="needs a mount of its own",
+)
+def test_a_read_only_folder_is_good_enough_to_look_at(run_here):
+    (run_here.parents[1] / "there").mkdir()
+    run_here.rename("there/run")
+    own_folder(Path("there"))
+    Path("there/9.png").write_text("no picture")  # it is listed, elsewhere
+    before = contents("there/run")
+    for command, said in (
+        ("--eval-only --out there/run --data there/my.jsonl", "r1_image_to_text"),
+        ("--ground there/8.png circle --out there/run", "ground.png"),
+        (f"--data there/my.jsonl {' '.join(PHOTOS)} --steps 1 --out run", "in run: "),
+    ):
+        line = f"{READ_ONLY}{sys.executable} {ROOT / 'hist.py'} {command} --device cpu"
+        how = dict(capture_output=True, text=True)
+        done = subprocess.run(["unshare", "-rm", "sh", "-c", line], **how)
+        assert done.returncode == 0 and said in done.stdout, done.stderr
+    assert contents("there/run") == before
+
+
+# --------------------------------------------------------------------------------------- consoles
+@pytest.mark.parametrize("encoding", ["ascii", "cp437"])
+def test_a_console_that_lacks_letters_ends_no_run(here, encoding):
+    own_folder(here)
+    Path("my.jsonl").rename("mes données ✓.jsonl")
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    command = ["--data", "mes données ✓.jsonl", *PHOTOS, "--steps", "1", "--levels", "caption"]
+    for arguments in (["--help"], command):
+        how = dict(capture_output=True, env=environment)
+        done = subprocess.run([sys.executable, ROOT / "hist.py", *arguments], **how)
+        assert done.returncode == 0, done.stderr
+    assert b"mes donn" in done.stdout and b"r1_image_to_text" in done.stdout
+    assert Path("out/mes données ✓/results.json").exists()
 
 
 # --------------------------------------------------------------------------------- your own images

@@ -130,6 +130,32 @@ def test_visual_genome(tmp_path):
     assert why["entry 15 of region_descriptions.json"] == "'12.jpg' is missing"
 
 
+def test_regions_outside_their_picture_are_left_out_and_listed(tmp_path):
+    """Above and left of it by the converter, which opens no picture; the others by hist.py."""
+    vg_folder(tmp_path)
+    path = tmp_path / "region_descriptions.json"
+    entries = json.loads(path.read_text())
+    places = {
+        "above": (8, -904),
+        "left": (-8, 4),
+        "below": (8, 48),
+        "right": (64, 4),
+        "in": (60, 44),
+    }
+    regions = [vg_region(49, k, phrase) for k, phrase in enumerate(places)]
+    for region, (x, y) in zip(regions, places.values()):
+        region |= {"x": x, "y": y}
+    entries[-1]["regions"] = regions
+    path.write_text(json.dumps(entries))
+    records, why, _ = converted("vg", tmp_path)
+    assert [target["phrase"] for target in records[-1]["targets"]] == ["below", "right", "in"]
+    assert "no pixel" in why["0 of image 49"] and "no pixel" in why["1 of image 49"]
+    options = hist.Options(data=str(tmp_path / "vg.jsonl"))
+    _, (record,) = hist.load_data(options, hist.Skipped(tmp_path / "skipped.jsonl", 0.2))
+    assert [target["boxes"] for target in record["targets"]] == [[[60, 44, 64, 48]]]
+    assert [row["kind"] for row in lines(tmp_path / "skipped.jsonl")] == ["box", "box"]
+
+
 @pytest.mark.parametrize("text", ["2\n391895\n", "[2, 391895]", '["2", "391895"]'])
 def test_images_are_excluded_by_either_id(tmp_path, text):
     vg_folder(tmp_path)

@@ -1,6 +1,7 @@
 """COCO and JSONL as they are read, and pictures in every state a disk may hold them in."""
 
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def test_bad_captions_and_annotations_are_left_out_and_listed(here):
     cat = next(t for t in records[2]["targets"] if t["phrase"] == "cat")
     assert cat["boxes"][-1] == [50, 40, 64, 48]  # a box is cut at the edge of the image
     good = hist.usable(records, o, listed)
-    assert [len(r["targets"]) for r in good[1:7]] == [2, 2, 1, 1, 1, 2]
+    assert [len(r["targets"]) for r in good[1:7]] == [2] * 6  # a bad polygon costs a mask alone
     before = lines("run/skipped.jsonl")
     assert sum("run lengths" in row["why"] for row in before) == 2
     hist.usable(hist.read_coco(Path("coco"), "val", listed), o, listed)
@@ -156,6 +157,23 @@ def test_malformed_json_gets_its_file_line_and_fault(here, capsys, text, what):
     path.write_bytes(text.encode("latin1"))
     said = refused(capsys, "--data", "coco", "--root", "coco", *PHOTOS)
     assert "captions_train2017.json, line" in said and what in said
+
+
+@pytest.mark.parametrize("bad", [None, [], [[1, "x"]], {"counts": [1, 2]}, {"counts": "packed"}])
+def test_an_instance_without_a_good_mask_keeps_its_box_and_the_others_their_masks(here, bad):
+    """COCO's first two cats: a square at (0, 0), a triangle at (20, 20) whose mask is spoilt."""
+    coco_folder(here / "coco")
+    path, listed = here / "coco/annotations/instances_val2017.json", skipped()
+    edit(path, lambda data: data["annotations"][1].update(segmentation=bad))
+    if bad == []:
+        edit(path, lambda data: data["annotations"][1].pop("segmentation"))
+    records = hist.usable(hist.read_coco(Path("coco"), "val", listed), options(), listed)
+    cat, _ = records[0]["targets"]
+    assert cat["boxes"] == [[0, 0, 10, 10], [20, 20, 30, 30]]
+    mask = hist.decode_mask(cat["mask"])
+    assert mask[:10, :10].all() and mask[20:30, 20:30].all() and not mask[12:18].any()
+    why = [(row["kind"], row["which"]) for row in lines("run/skipped.jsonl")]
+    assert ("mask", "instances_val2017.json, entry 1") in why
 
 
 def test_too_many_bad_images_of_both_splits_stop_a_run(here):
@@ -229,6 +247,79 @@ def test_a_wrong_line_is_reported_with_its_number(here, capsys, line, what):
     assert "my.jsonl, line 5:" in said and what in said
 
 
+ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le")  # PowerShell's > writes UTF-16
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r\n\r\n \r\n"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_file_is_read_in_the_encoding_that_its_first_bytes_tell(here, encoding, ends):
+    own_folder(here)
+    expected, text = hist.read_jsonl("my.jsonl"), Path("my.jsonl").read_text()
+    text = text.replace(r"\ud83d\ude00", "😀").replace("\n\n", ends)
+    Path("my.jsonl").write_bytes(text.encode(encoding))
+    assert hist.read_jsonl("my.jsonl") == expected and "😀" in text
+    Path("all.json").write_bytes(json.dumps({"images": ["é"]}).encode(encoding))
+    assert hist.read_json("all.json", "images") == [["é"]]
+
+
+def test_what_cannot_be_decoded_gets_its_file_line_and_encoding(here):
+    rows = (
+        '{"image": "a.png", "captions": ["a"]}\n' * 2 + '{"image": "a.png", "captions": ["café"]}'
+    )
+    Path("latin.jsonl").write_bytes(rows.encode("latin1"))
+    for read in (hist.read_jsonl, lambda path: hist.read_json(path, "images")):
+        with pytest.raises(hist.UserError, match="latin.jsonl, line 3: not utf-8") as error:
+            read("latin.jsonl")
+        assert len(str(error.value)) < 100  # not all of the file
+
+
+def test_where_a_link_leads_is_its_owner_s_business(here):
+    """A picture, and a folder of pictures, that lie outside the data's folder."""
+    for folder in ("elsewhere", "data"):
+        (here / folder).mkdir()
+    Image.new("RGB", (9, 9)).save("elsewhere/0.png")
+    os.symlink(here / "elsewhere", "data/photos")
+    os.symlink(here / "elsewhere/0.png", "data/1.png")
+    names = ["photos/0.png", "1.png"]
+    rows = [json.dumps({"image": name, "captions": ["a"]}) for name in names]
+    Path("data/my.jsonl").write_text("\n".join(rows))
+    train, held_out = hist.read_jsonl("data/my.jsonl")
+    assert [record["image"] for record in train + held_out] == [Path("data", n) for n in names]
+    coco_folder(here / "coco")
+    os.rename("coco/val2017", "elsewhere/val2017")
+    os.symlink(here / "elsewhere/val2017", "coco/val2017")
+    assert len(hist.read_coco(Path("coco"), "val", skipped())) == 6
+
+
+# ------------------------------------------------------------------------------------------ boxes
+def boxed(*boxes, split="val"):
+    """my.jsonl of a picture of 100 x 80 pixels, and one to train on; targets of these boxes."""
+    Image.new("RGB", (100, 80)).save("0.png")
+    targets = [{"phrase": "a cat", "boxes": some} for some in boxes]
+    row = {"image": "0.png", "captions": ["a cat"], "split": split, "targets": targets}
+    rows = [row, {"image": "0.png", "captions": ["a cat"]}]
+    Path("my.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.mark.parametrize(
+    "box", [[500, 500, 600, 600], [-9, 0, 0, 9], [0, -904, 9, -900], [100, 0, 109, 9]]
+)
+def test_a_box_outside_its_picture_is_left_out_and_listed(here, box):
+    boxed([[10, 10, 20, 20], box], [box], [[90, 70, 120, 90]])
+    o = options(data="my.jsonl", eval_images=0)
+    _, (record,) = hist.load_data(o, skipped())
+    assert [t["boxes"] for t in record["targets"]] == [[[10, 10, 20, 20]], [[90, 70, 100, 80]]]
+    (row,) = lines("run/skipped.jsonl")
+    assert row["kind"] == "box" and row["which"] == "0.png" and str(box) in row["why"]
+
+
+@pytest.mark.parametrize("box", [[0.2, 0.2, 0.7, 0.7], [0, 0, 1, 1], [0.1, 0, 0.5, 1.0]])
+def test_boxes_given_as_shares_get_a_sentence_of_their_own(here, capsys, box):
+    boxed([box])
+    said = refused(capsys, "--data", "my.jsonl", *PHOTOS)
+    assert "my.jsonl, line 1:" in said and "shares of the picture" in said and "pixels" in said
+
+
 # --------------------------------------------------------------------------------------- pictures
 def bomb(path):
     """A PNG of 50,000 x 50,000 pixels in a few bytes."""
@@ -242,7 +333,7 @@ def bomb(path):
 
 
 UNREADABLE = ("truncated", "zero-byte", "missing", "bomb", "text")
-READABLE = ("greyscale", "CMYK", "16-bit", "palette", "rotated", "alpha")
+READABLE = ("greyscale", "CMYK", "16-bit", "palette", "rotated", "opaque")
 GREY = np.linspace(0, 255, 64 * 48).reshape(48, 64).astype(np.uint8)
 
 
@@ -255,7 +346,7 @@ def damage(path, how):
             "CMYK": picture.convert("CMYK"),
             "16-bit": Image.fromarray(GREY.astype(np.uint16) * 257),
             "palette": picture.quantize(256),
-            "alpha": Image.fromarray(np.dstack([GREY] * 4)),
+            "opaque": picture.convert("LA"),
         }
         changes.get(how, picture).save(path, "TIFF" if how == "CMYK" else "PNG", exif=exif)
     elif how == "bomb":
@@ -283,6 +374,82 @@ def test_a_picture_is_read_or_refused(tmp_path, how):
     assert np.abs(pixels.astype(int) - GREY[..., None]).max() <= 2
     if how == "rotated":  # a person's own photograph is turned
         assert hist.load_pixels(path, upright=True).shape == (64, 48, 3)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(here, mode):
+    """A black square on transparent black, and under it hidden red; half of it half transparent."""
+    logo = Image.new("RGBA", (40, 40), (0, 0, 0, 0) if mode == "P" else (255, 0, 0, 0))
+    logo.paste((0, 0, 0, 255), (10, 10, 30, 30))
+    logo.convert(mode).save("logo.png")
+    pixels = hist.load_pixels("logo.png").astype(int)
+    assert (pixels[10:30, 10:30] == 0).all()
+    assert (pixels[:10] == 255).all() and (pixels[:, 30:] == 255).all()
+    Image.new("RGBA", (4, 4), (0, 0, 0, 128)).save("half.png")
+    assert np.abs(hist.load_pixels("half.png").astype(int) - 127).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "dtype, white", [("uint16", 65_535), ("uint16", 255), ("int32", 255), ("int32", 65_535)]
+)
+@pytest.mark.parametrize("upright", [False, True])
+def test_integers_are_scaled_and_not_cut(here, dtype, white, upright):
+    Image.fromarray((GREY * (white / 255)).round().astype(dtype)).save("grey.tif")
+    pixels = hist.load_pixels("grey.tif", upright)
+    assert np.abs(pixels - GREY[..., None].astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("white", [1, 255, 65_535, 1e6])
+def test_floats_are_scaled_and_not_cut(here, white):
+    values = GREY * np.float32(white / 255)
+    values[0, :3] = np.nan, -np.inf, -1  # black, as nothing else can be said of them
+    Image.fromarray(values).save("grey.tif")
+    assert np.abs(hist.load_pixels("grey.tif") - GREY[..., None].astype(int)).max() <= 1
+    Image.fromarray(np.zeros((4, 4), np.float32)).save("black.tif")
+    assert (hist.load_pixels("black.tif") == 0).all()
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"nothing"])
+@pytest.mark.parametrize("upright", [False, True])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_a_malformed_exif_block_says_nothing_about_the_pixels(here, kind, upright, exif):
+    Image.new("RGB", (8, 6), (10, 200, 30)).save("one.img", kind, exif=exif)
+    pixels = hist.load_pixels("one.img", upright)
+    assert pixels.shape == (6, 8, 3) and np.abs(pixels.astype(int) - (10, 200, 30)).max() < 9
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PNG", "JPEG", "WEBP"])
+def test_a_picture_is_turned_for_a_person_and_not_for_its_boxes(here, kind):
+    """The left half is black as stored; orientation 6 puts the left edge on top."""
+    picture, exif = Image.new("L", (64, 48), 255), Image.Exif()
+    picture.paste(0, (0, 0, 32, 48))
+    exif[0x0112] = 6
+    picture.convert("RGB").save("one.img", kind, exif=exif)
+    stored, upright = hist.load_pixels("one.img"), hist.load_pixels("one.img", upright=True)
+    assert stored.shape == (48, 64, 3) and stored[:, 4:28].max() < 30 and stored[:, 36:].min() > 220
+    assert upright.shape == (64, 48, 3) and upright[4:28].max() < 30 and upright[36:].min() > 220
+
+
+@pytest.mark.parametrize("how", UNREADABLE)
+def test_a_person_s_own_picture_that_cannot_be_read_is_refused_too(here, how):
+    path = here / "one.jpg"
+    Image.fromarray(GREY).save(path)
+    damage(path, how)
+    with pytest.raises(hist.UserError, match="one.jpg: not readable as a picture"):
+        hist.load_pixels(path, upright=True)
+
+
+@pytest.mark.parametrize("size", [(40, 30), (64, 36), (30, 41), (8, 8), (5, 1)])
+def test_a_wide_picture_keeps_its_shape_on_a_square_of_its_border_s_colour(size):
+    pixels = np.full((*size[::-1], 3), (250, 240, 20), np.uint8)
+    pixels[size[1] // 3 : size[1] // 2, size[0] // 3 : size[0] // 2] = (10, 20, 200)
+    square = hist.pad_to_square(pixels)
+    side, (height, width) = max(size), pixels.shape[:2]
+    assert square.shape == (side, side, 3) and square.dtype == np.uint8
+    top, left = round((side - height) / 2), round((side - width) / 2)
+    assert (square[top : top + height, left : left + width] == pixels).all()
+    square[top : top + height, left : left + width] = (250, 240, 20)
+    assert (square == (250, 240, 20)).all()
 
 
 def test_an_image_is_squeezed_to_a_square():

@@ -28,6 +28,12 @@ def test_pointing_iou_and_balance_by_hand():
     assert hist.box_mask([[0.5, 1.2, 1.5, 1.8]], 4).sum() == 2  # what a box touches
 
 
+def test_space_around_an_answer_does_not_count():
+    """As the official evaluation strips all before it compares."""
+    assert hist.vqa_accuracy("two", ["two "] * 10) == hist.vqa_accuracy("two\n", ["two"] * 10) == 1
+    assert hist.vqa_accuracy("two", ["\ttwo"]) == 1 and hist.vqa_accuracy("two", ["t wo"]) == 0
+
+
 def test_vqa_accuracy_by_hand():
     assert hist.vqa_accuracy("red", ["red"]) == 1 and hist.vqa_accuracy("red", ["blue"]) == 0
     # the official formula: over the ten ways to leave one out, min(others who said it / 3, 1)

@@ -1,6 +1,9 @@
 """The paper's experiments on tiny settings: the ablation and its table, captions, choices, cost."""
 
+import importlib
 import json
+import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -272,12 +275,27 @@ def test_caption_of_a_run(capsys):
     assert "--base blip" in refused(capsys, caption.main, "albef", "photo.png")
 
 
+def test_a_wide_picture_is_not_squeezed(monkeypatch, capsys):
+    pixels = np.full((30, 60, 3), 200, np.uint8)
+    pixels[10:20, 20:30] = 0
+    Image.fromarray(pixels).save("wide.png")
+    hist.main([*TINY, *SMALL_BLIP, "--out", "blip"])
+    shown = []
+    monkeypatch.setattr(
+        caption, "generate", lambda model, tokenizer, image, top_p: shown.append(image)
+    )
+    caption.main(["blip", "wide.png"])
+    dark = (shown[0] < 100).all(0)
+    assert shown[0].shape == (3, 24, 24) and dark.any(0).sum() == dark.any(1).sum() == 4
+
+
 def test_choices(capsys):
     choices.main(TINY)
     rows = rows_of(capsys.readouterr().out)
     assert set(choices.VARIANTS) < set(rows)
-    assert "base: layer 0, rows of words" in rows
-    assert "v0: layer 1, rows of [CLS]" in rows
+    assert "base: layer 0, rows of [CLS]" in rows
+    assert "v0: layer 0, rows of [CLS]" in rows
+    assert "v0: layer 0, rows of words" not in rows
 
 
 def test_over_maximum_by_hand():
@@ -287,6 +305,13 @@ def test_over_maximum_by_hand():
     whole = torch.tensor([[[2.0, 1]]])
     loss = choices.over_maximum(part1, part2, whole, torch.ones(1))
     assert loss.item() == pytest.approx(0.25)
+
+
+def test_peak_memory_is_not_known_on_windows(monkeypatch):
+    assert cost.peak_memory("cpu") > 2**20
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.delitem(sys.modules, cost.__name__)
+    assert math.isnan(importlib.import_module(cost.__name__).peak_memory("cpu"))
 
 
 def test_cost(capsys):

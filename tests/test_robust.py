@@ -72,7 +72,8 @@ def test_a_run_on_damaged_photographs_with_workers(here, capsys):
 
 # ---------------------------------------------------------------------------------- nothing lost
 RUN = [sys.executable, ROOT / "hist.py", *SMALL, "--image-size", "24", "--eval-images", "4"]
-RUN += "--vit-steps 2 --base-steps 2 --steps 6 --save-every 2 --composition-start 0.4 --out run".split()
+RUN += "--vit-steps 2 --base-steps 2 --steps 6 --save-every 2".split()
+RUN += "--composition-start 0.4 --out run".split()
 RESUME = [sys.executable, ROOT / "hist.py", "--resume", "--out", "run", "--device", "cpu"]
 KILLED = """
 import os, signal, sys
@@ -156,6 +157,51 @@ def test_ctrl_c_prints_the_command_that_resumes(tmp_path):
     expected = "hist.py: stopped; python hist.py --resume --out 'a run' goes on"
     assert said.splitlines()[-1] == expected
     assert torch.load(tmp_path / "a run/baseline.pt", weights_only=True)["step"] % 5 == 0
+
+
+# ------------------------------------------------------------------------------------ lost batches
+def lost(monkeypatch, how):
+    """Pictures that are not read but lose the process that reads them, or its batch."""
+    main, read = os.getpid(), hist.read_image
+
+    def read_image(image, side, crop=None):
+        if os.getpid() != main and how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if os.getpid() != main:
+            time.sleep(60)
+        return read(image, side, crop)
+
+    monkeypatch.setattr(hist, "read_image", read_image)
+
+
+@pytest.mark.parametrize("how, patience", [("killed", 50), ("never there", 1)])
+def test_a_batch_that_a_worker_loses_ends_the_run_with_a_sentence(
+    here, monkeypatch, capsys, how, patience
+):
+    monkeypatch.setattr(hist, "PATIENCE", patience)
+    lost(monkeypatch, how)
+    began = time.time()
+    said = refused(capsys, *SMALL, *"--image-size 24 --workers 1 --out run".split())
+    assert "--workers" in said and "shared memory" in said and "--shm-size" in said
+    assert time.time() - began < 40
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError(104, "Connection reset by peer"),
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."),
+        RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: (28)"),
+        RuntimeError("DataLoader timed out after 50 seconds"),
+    ],
+)
+def test_too_little_shared_memory_says_what_to_lower(here, monkeypatch, capsys, error):
+    def full(*arguments):
+        raise error
+
+    monkeypatch.setattr(hist, "hist_losses", full)
+    said = refused(capsys, *SMALL, "--image-size", "24", "--eval-images", "2", "--out", "run")
+    assert "--workers" in said and "shared memory" in said and "out of memory" not in said
 
 
 # -------------------------------------------------------------------------------- too little memory

@@ -218,6 +218,18 @@ def test_a_resumed_run_goes_on_where_it_was(here, told):
     assert told == []
 
 
+def test_a_resumed_run_has_the_rate_that_was_typed(here, told):
+    o = options(base_steps=0, steps=6, batch_size=2, save_every=2, out=".", lr=4.0)
+    samples = samples_of(o)
+    hist.train("baseline", ["caption"], samples, o, 4)
+    whole = column(told, "rate")
+    o.resume, o.lr = True, 0.4
+    hist.train("baseline", ["caption"], samples, o, 6)
+    cosine = [(1 + math.cos(math.pi * step / 6)) / 2 for step in (4, 5)]
+    assert column(told, "rate")[4:] == pytest.approx([0.4 * rate for rate in cosine])
+    assert column(told, "rate")[:4] == whole
+
+
 def test_ranks_share_a_step_s_images(monkeypatch):
     o = options(batch_size=8, accumulate=2)
     samples = samples_of(o)
@@ -253,6 +265,24 @@ def test_metrics_of_a_killed_run_are_kept_up_to_its_checkpoint(here):
     with hist.open_metrics(Path("metrics.jsonl"), "hist", 2) as metrics:
         metrics.write('{"run": "hist", "step": 3, "again": 1}\n')
     assert lines("metrics.jsonl") == [*rows[:3], {"run": "hist", "step": 3, "again": 1}]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs a list of open files")
+def test_no_file_is_renamed_while_it_is_open(here, told, monkeypatch):
+    """Windows would refuse."""
+    renamed, replace = [], os.replace
+
+    def then_closed(old, new):
+        opened = [os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")]
+        assert not {os.path.realpath(old), os.path.realpath(new)} & set(opened)
+        renamed.append(str(new))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", then_closed)
+    o = options(base_steps=0, steps=2, batch_size=2, save_every=1, out=".")
+    for name in ("baseline", "hist"):
+        hist.train(name, ["caption"], samples_of(o), o, 2)
+    assert renamed == ["metrics.jsonl", *["baseline.pt"] * 2, "metrics.jsonl", *["hist.pt"] * 2]
 
 
 # --------------------------------------------------------------------------------- real trainings

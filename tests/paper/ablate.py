@@ -82,8 +82,8 @@ def subjects_found(records):
 
 
 def where(x, y, target, others, side):
-    """Where a point lies: in the "own" box of a target, in an "other" target's, "beside" its own, or
-    "elsewhere". Boxes [x0, y0, x1, y1] in an image of this side."""
+    """Where a point lies: in the "own" box of a target, in an "other" target's, "beside" its own,
+    or "elsewhere". Boxes [x0, y0, x1, y1] in an image of this side."""
 
     def within(target, margin):
         boxes = np.array(target["boxes"]) + np.array([-1, -1, 1, 1]) * margin
@@ -97,8 +97,8 @@ def where(x, y, target, others, side):
 
 
 def point_at(model, tokenizer, records, options):
-    """Of scenes: where the maps of all objects' names point, as shares "error_own", "error_other", …;
-    and "pointing_said", for the phrases that the captions themselves say of them."""
+    """Of scenes: where the maps of all objects' names point, as shares "error_own", "error_other",
+    …; and "pointing_said", for the phrases that the captions themselves say of them."""
     found, hits, chances, side = Counter(), [], [], options.image_size
     for record in records:
         targets, said = record["targets"], record["said"]
@@ -234,8 +234,8 @@ def difference(values, first):
 
 
 def table(seeds):
-    """[{row: {measure: value}} of each seed] as Markdown, in percent: mean ± standard deviation, and
-    below the difference from the first row; then what "all" gains in equal steps, and time."""
+    """[{row: {measure: value}} of each seed] as Markdown, in percent: mean ± standard deviation,
+    and below the difference from the first row; then what "all" gains in equal steps, and time."""
     lines = ["| | " + " | ".join(ROWS) + " | chance |", "|---" * (len(ROWS) + 2) + "|"]
     gains = ["", "| all against captions | in as many steps | in as much time |", "|---|---|---|"]
     for name in seeds[0][FIRST]:

@@ -14,7 +14,6 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from pickle import PickleError
 
 import timm.data
 import torch
@@ -111,7 +110,7 @@ def main(argv):
         kept = {name: v for name, v in state["options"].items() if name not in hist.ONCE}
         hist.write_whole(target.with_name("options.json"), json.dumps(kept, indent=1))
         print(f"python hist.py --data DATA --init {target} --lr 1e-5")
-    except (*hist.FAULTS, OSError, RuntimeError, EOFError, PickleError) as error:
+    except Exception as error:  # pickle and torch have as many as there are ways to fail
         print(f"albef: {' '.join(argv)}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 

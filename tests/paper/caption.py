@@ -47,7 +47,7 @@ def main(arguments=None):
         path = asked.run / "hist.pt"
         path = path if path.exists() else asked.run / "baseline.pt"
         model, tokenizer, _ = hist.read_checkpoint(path, options)
-        pixels = hist.load_pixels(asked.picture, upright=True)
+        pixels = hist.pad_to_square(hist.load_pixels(asked.picture, upright=True))
         image = hist.read_image(pixels, options.image_size).to(options.device)
         torch.manual_seed(asked.seed)
         print(generate(model, tokenizer, image, asked.top_p))

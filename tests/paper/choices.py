@@ -115,8 +115,8 @@ def show(name, model, samples, records, options):
 
 
 def read_off(name, samples, records, options):
-    """Print a row for each fusion layer and rows of A, from the weights of OUT/name.pt. (In the last
-    layer [CLS] alone reaches the match head.)"""
+    """Print a row for each fusion layer and rows of A, from the weights of OUT/name.pt: but
+    for the words' in the last layer, where [CLS] alone reaches the match head."""
     model, _, _ = hist.read_checkpoint(Path(options.out) / f"{name}.pt", options)
     pairs = itertools.product(range(options.fusion_layers), ("[CLS]", "words"))
     for layer, rows in list(pairs)[:-1]:

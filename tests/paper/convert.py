@@ -26,7 +26,6 @@ import pickle
 import re
 import sys
 from collections import Counter
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
@@ -35,26 +34,10 @@ import numpy as np
 from torchvision.datasets.utils import download_and_extract_archive
 
 import hist
-from hist import UserError, insist
+from hist import UserError, blaming, insist
 
 
 # ------------------------------------------------------------------------------------------ checks
-@contextmanager
-def blaming(what, skipped=None):
-    """An error inside becomes a UserError about what or, what being (kind, which), is listed.
-    Readers yield inside: what goes wrong with whoever takes the record does not come back."""
-    try:
-        yield
-    except ImportError:
-        raise  # a package is missing, and nothing wrong with the data
-    except Exception as error:  # pickles and downloads have as many as there are ways to fail
-        missing = " is missing" if isinstance(error, KeyError) else ""
-        why = " ".join(f"{error}{missing}".split())[:300]
-        if skipped is None:
-            raise UserError(f"{what}: {why}") from error
-        skipped.add(*what, why)
-
-
 def clean(text):
     """A text with single spaces; UserError where there is none."""
     insist(isinstance(text, str) and text.strip(), f"{text!r} is no text")
@@ -64,10 +47,9 @@ def clean(text):
 def make_box(corner_and_size, edge=(math.inf, math.inf)):
     """[x, y, width, height] as [x0, y0, x1, y1], cut at the edge; UserError where all is cut."""
     x, y, width, height = corner_and_size
-    x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + width, edge[0]), min(y + height, edge[1])
-    some_pixel = x0 < x1 < math.inf and y0 < y1 < math.inf
-    insist(some_pixel, f"its box {corner_and_size} has no pixel in the image")
-    return [x0, y0, x1, y1]
+    box = hist.cut_box([x, y, x + width, y + height], edge[::-1])
+    insist(max(box) < math.inf, f"its box {corner_and_size} has no end")
+    return box
 
 
 def need(root, *names):
@@ -400,7 +382,8 @@ def convert(read, name, root, max_bad):
                 f"{len(listed.read_text().splitlines())} entries left out, {images} of them images"
             )
             print(f"{told}: {listed} says why", file=sys.stderr)
-        skipped.check(splits.total() + images)
+        skipped.total = splits.total() + images
+        skipped.check()
         for split in NEEDED.get(name, ["val"]):
             insist(splits[split], f"{root}: no image of {split} can be used")
         part.replace(root / f"{name}.jsonl")

@@ -8,7 +8,7 @@ and teacher; GiB is the process's peak, or the GPU's. hist.py's own options are 
 """
 
 import itertools
-import resource
+import math
 import sys
 import time
 from collections import Counter
@@ -19,6 +19,11 @@ import numpy as np
 import torch
 
 import hist
+
+try:
+    import resource
+except ImportError:  # on Windows: the column "GiB" stays without a number
+    resource = None
 
 TURNS = 6
 LEVELS = [*hist.LEVELS, "composition"]
@@ -32,6 +37,14 @@ def now():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def peak_memory(device):
+    """Bytes that this process, or its GPU, has held at most; nan where that is not known."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else math.nan
 
 
 def timed(clock, part, function):
@@ -65,9 +78,7 @@ def cost(options, samples):
             batch = timed(clock, "data", next)(batches)
             how = options, LEVELS[:number], 0.5, 1.0  # hardness, weight of composition
             step(model, teacher, iter([batch]), optimizer, *how)
-            held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            held = torch.cuda.max_memory_allocated() if options.device == "cuda" else held
-            row.append(Counter(clock, GiB=held / 2**30))
+            row.append(Counter(clock, GiB=peak_memory(options.device) / 2**30))
     return rows
 
 
