@@ -44,96 +44,82 @@ UP, NEARBY, BACK, RIGHT, HAS, CAN, ALL, ONE, THAT, HER, TO, GENITIVE_S, QUOTE = 
 # Words by class: those of 20,012 COCO captions and the most frequent of a general list (wordfreq),
 # where ENDINGS err and it matters. Of verbs: the class of the word and of its form in -s.
 VERBS = {
-    (VERB, VERB): """accept add adorn allow appear apply approach ask attempt attend bake bathe
-    become beg bring build buy carry carve celebrate chew choose chop come compete consist contain
-    create crouch deliver depict describe dig dine dodge don drape draw eat enjoy enter extend feel
-    fill find fix float follow gain gather gaze gesture get give glide go grab grapple graze grow
-    guide hang happen hear herd hike hold hover huddle ignore include indicate inspect jog juggle
-    keep kneel know laugh lay lean learn let lick lie listen lose love make maneuver march meet melt
-    operate overlook pass pay peer perch perform portray pour prepare produce protrude provide put
-    react read reflect relax respond say see seem sell send shear sing sip sit snuggle socialize
-    speak spend splash squeeze stare stay steal steer stir surround swim take teach tell think throw
-    trot try unload wade want wear weep write yawn""",
-    (RIDE, RIDES): """balance battle beat bend bite blow break brush call capture catch chase cheer
-    clap climb cook crash cross cut dance display dive drive escape face fall feature feed finish
-    flip fly glance greet heat help hit hug jump kick lead leap lift look lounge measure move offer
-    parade pause photograph pick play plow point pose practice pull push race reach rest return ride
-    rip rise run salute search serve shake shine shoot shout show sleep slide smile squat stand
-    start stretch strike stroll struggle surf swing talk tear toss touch tow travel turn use visit
-    wait wake walk wash watch win wipe work""",
-    (RIDE, LIGHTS): """bat block board cover crowd dress drink drop fence fight film fish fry glow
-    guard land leave light line load mirror pack paddle paint park pet pitch place plant post roll
-    row sail share sign signal skate ski slice sport spray spread state stick stop text tie tower
-    train trick trim type view wave""",
+    (VERB, VERB): """accept add allow appear apply approach attempt bake bathe beg bring build buy
+    carry celebrate chew choose chop come compete consist contain create crouch deliver depict
+    describe dig dine dodge don drape eat enjoy enter extend fill find fix float follow gain gather
+    gaze gesture get give glide go grab grapple graze grow guide hang herd hike hold hover huddle
+    ignore include indicate jog juggle keep kneel know laugh lay lean learn let lick lie listen love
+    make maneuver march melt operate overlook pass pay peer perch perform portray pour prepare
+    produce protrude provide put react read reflect relax respond say see seem sell shear sing sip
+    sit snuggle socialize speak splash squeeze stare stay steal steer stir surround swim take teach
+    tell think throw try unload want wear write yawn""",
+    (RIDE, RIDES): """balance battle beat bend bite blow brush capture catch chase cheer clap climb
+    cook crash cross cut dance display dive drive escape face fall feature feed finish flip fly
+    glance greet heat help hit hug jump kick lead leap look lounge measure move parade pause
+    photograph pick play plow point pose practice pull push race reach rest return ride rip rise run
+    salute search serve shake shine shoot shout show sleep slide smile squat stand start stretch
+    strike stroll struggle surf swing talk tear toss tow travel turn use visit wait walk wash watch
+    wipe work""",
+    (RIDE, LIGHTS): """bat block board cover crowd dress drink fence film fry glow land leave light
+    line load mirror pack paddle paint park pet pitch place plant post roll row sail share signal
+    skate ski slice sport spray spread stick stop tie train trick trim type view wave""",
 }
 WORDS = {
-    ADJ: """able accurate adjacent african aged ajar alert alive alpine amber american appropriate
-    arab artisan asian asleep average awake aware awkward bad bald bare barefoot baroque barren
-    beige best better big bitter black blank blind blond blonde blue bold bored bottom brave brief
-    bright broad bronze brown brunette calico calm casual center certain cheap chic civil clean
-    clear clever close closed coarse cold common compact complete complex cool copper corporate
-    correct crisp cute cyan dark dead decent deep dense desolate desperate different difficult
-    direct distinct diverse divine drab dual due dull dumb dutch early eastern eighth elaborate
-    elderly electric elegant elite enough entire equestrian european everyday evil exact excited
-    external extreme fair fake false familiar fancy far fast fat favorite feminine few fifth final
-    fine firm first flat foreign formal former fourth frank free french fresh front full gay gentle
-    genuine german gilt gold golden good gourmet grand grave gray great greek green grey gross
-    handheld handicap handmade hard high hind homemade honest hot huge human humane idle ill
-    immediate important impromptu indian indoor infinite inner insane intense intricate inverted
-    irish jumbo juvenile khaki korean large last late latin lavender little live lone lonely long
-    loose loud low lush mad magenta main major makeshift manual maroon mature medium metropolitan
-    mexican middle mini miniature minor minute mixed mobile moderate modern modest much multi
-    multicolored multiple naked narrow nearest neat neon new next nice noble oblong odd old only
-    open opposite optic oral ornate other outdoor outer overall overcast overgrown overripe own pale
-    parallel pastel peculiar perfect pink pinkish placid plain plush poor posh pristine private
-    prominent proper proud public pure purple quaint quick quiet random rare raw real recent red
-    retro rich ripe roman rotten rough round rude rundown sacred sad safe same second secret
-    separate seventh several severe shallow sharp sheer shorn short sick silent silly silver similar
-    simple single sixth sleek slender slight slow small smart smiley smooth soft solar sole solemn
-    solid somber soviet spare sparse spicy splendid spotted squat stark steep straight strange
-    strict striped strong stylish suburban such sudden sure sweet swift swiss tall tan teal teenage
-    tender thai thick thin third tight tired top tough trim triple true turquoise twin ugly ultimate
+    ADJ: """able adjacent african aged ajar alert alpine amber american artisan asian asleep awake
+    bad bald bare barefoot baroque barren beige best better big bitter black blank blind blond
+    blonde blue bottom brave brief bright broad bronze brown brunette calico calm casual center
+    certain cheap chic clean clear clever close closed coarse cold common compact complete complex
+    cool copper crisp cute cyan dark dead deep dense desolate different diverse drab dual dull dumb
+    dutch early eastern elaborate elderly electric elegant enough entire equestrian european
+    external extreme fair fake fancy far fast fat favorite feminine few final fine first flat
+    foreign formal fourth free french fresh front full gay gentle german gilt gold golden good
+    gourmet grand grave gray great greek green grey gross handheld handicap handmade hard high hind
+    homemade hot huge human humane idle important indian indoor inner intense intricate inverted
+    irish jumbo juvenile khaki korean large last late latin lavender little live lone long loose
+    loud low lush magenta main major makeshift manual maroon medium metropolitan mexican middle mini
+    miniature minor mixed mobile modern modest much multi multiple naked narrow nearest neat neon
+    new next nice odd old only open opposite optic oral ornate other outdoor outer overcast
+    overgrown overripe own pale parallel pastel peculiar perfect pink pinkish plain plush poor posh
+    pristine private prominent proper proud public pure purple quaint quick quiet rare raw real
+    recent red retro rich ripe roman rotten rough round rundown sad safe same second separate
+    several shallow sharp sheer shorn short sick silent silly silver similar simple single sleek
+    slender slight slow small smart smiley smooth soft solar solemn solid somber spare sparse spicy
+    spotted squat stark steep straight strange striped strong stylish suburban such sure sweet swiss
+    tall tan teal teenage tender thick thin third tight top trim triple true turquoise twin ugly
     unfinished unique unknown unmade unripe upper upscale upside urban vast victorian vintage warm
-    weak weird western wet white whole wicker wide widespread wild wise wooden woolen wrong yellow
-    young""",
-    NOUN: """academy animal army assembly baby balcony belly body buddy buggy bunny butterfly canal
-    candy canopy canvas cathedral cereal ceremony charcoal cherry christmas comic company cooler
-    coral corral crystal dairy daisy deputy diary dictionary doggy dummy elephant enemy family ferry
-    garlic garnish gas goldfish gravy handful hospital husky infant italy ivy jelly kitty lady lens
-    library lieutenant lily liver lobby locomotive medal memorial metal mosaic mummy mural music
-    numeral opponent owner party passersby patty picnic plastic pony potty president priest property
-    puppy restaurant rubbish rugby series shed shelving sky sled spring stable student study tabby
-    teddy teenager terminal thing topper traffic trolly vegetable warmer""",
-    PLURAL: """alumni antennae bacteria buffalo cattle children deer elk feet geese media men mice
-    oxen people police sheep teeth women""",
-    VERB: """ate became began broke came chose drove fell flew fought gave got grew laid ran rode
-    sank sat saw slept stood swam swung threw took went woke wore wrote""",
-    PARKED: """beaten bent bitten blown bought bound broken built burnt caught clad cut done drawn
-    driven drunk dug eaten fallen fed flown found frozen gone grown held hidden hung hurt inlaid
-    kept laden laid led lit lost made overgrown paid put ridden seen set shot shown shut sold spent
-    split stolen strewn struck strung stuck sunk swept taken taught thrown told torn won worn woven
-    written""",
-    PAINTING: """awning bedding boxing building carving ceiling clothing covering crossing drawing
-    dressing earring filling flooring frosting icing king landing lettering lighting lining marking
-    meeting netting offering opening painting plumbing pudding railing ring seating serving setting
-    string stuffing topping wedding wing writing""",
+    weird western wet white whole wicker wide wild wooden woolen wrong yellow young""",
+    NOUN: """animal army assembly baby balcony belly body buddy buggy bunny butterfly canal candy
+    canopy canvas cathedral cereal ceremony charcoal cherry christmas comic cooler coral corral
+    crystal dairy daisy elephant enemy evening family ferry garlic garnish gas goldfish gravy
+    hospital husky infant ivy jelly kitty lady lens library liver lobby locomotive medal memorial
+    metal morning mosaic mummy mural music numeral owner party patty picnic plastic pony president
+    priest property puppy restaurant shed shelving sky sled spring stable student study tabby teddy
+    teenager terminal thing topper traffic trolly vegetable warmer""",
+    PLURAL: "buffalo cattle children deer feet geese men mice people police sheep teeth women",
+    VERB: "ate came fell flew got laid ran rode sat saw stood swam threw took went woke wore wrote",
+    PARKED: """bent bitten blown bought bound broken built burnt caught clad cut done drawn driven
+    dug eaten fallen fed flown found frozen gone grown held hidden hung inlaid kept laden laid led
+    lit lost made overgrown paid put ridden seen set shot shown shut sold split stolen strewn strung
+    stuck taken taught thrown told torn won worn woven written""",
+    PAINTING: """awning bedding building carving ceiling clothing covering crossing drawing dressing
+    earring filling flooring frosting icing landing lettering lighting lining netting offering
+    opening painting plumbing pudding railing ring seating serving setting string stuffing topping
+    wedding wing writing""",
     ORANGE: "adult antique female giant half light male orange oval plaid rear square",
     DET: "a an another any each either every neither no some the these this those",
     POSS: "his its my our their whose your",
-    PRON: """anybody anyone eachother everybody everyone everything he hers herself him himself i it
-    itself me myself nobody nothing ones others she somebody someone something them themselves they
-    they're us we what you yourself""",
-    NUM: """billion eight eleven five four hundred million nine seven six ten thousand three twelve
-    twenty two""",
-    PREP: """above across after against along alongside amid amidst among amongst at atop before
-    behind below beneath beside between beyond despite during except for in into like near on onto
-    past per than through throughout thru toward towards under underneath unlike until upon via w/
-    w/o with within without""",
+    PRON: """anyone everyone everything he herself him himself i it itself me nobody nothing ones
+    others she someone something them themselves they us we what you""",
+    NUM: "eight eleven five four hundred nine seven six ten thousand three twelve two",
+    PREP: """above across after against along alongside amidst among at atop before behind below
+    beneath beside between beyond despite during except for in into like near on onto past than
+    through throughout toward towards under underneath unlike until upon via w/ w/o with within
+    without""",
     UP: "aboard about around by down inside off out outside over up",
-    ADV: """afar again ago ahead airborne alone already also always anywhere apart ashore away
-    downhill downstairs downward downwards else even ever everywhere halfway here how indoors
-    instead just never not now often once onstage onward outdoors outward rather sideways somewhere
-    soon still then there together too uphill upright upstairs upward upwards""",
+    ADV: """afar again ago ahead airborne alone also always apart ashore away downhill downstairs
+    downward downwards else even everywhere halfway here how indoors instead just never not now once
+    outdoors outward rather sideways somewhere soon still then there together too uphill upright
+    upstairs upwards""",
     NEARBY: "backward backwards forward nearby overhead underwater",
     DEGREE: "almost extra less more most otherwise pretty quite so somewhat super very well",
     BE: "am are aren't be been being is isn't was were",
@@ -188,13 +174,11 @@ DEGREES = ("(er|est)$", ""), ("(?<=e)(r|st)$", ""), (r"(.)\1(er|est)$", r"\1"), 
 # chair") and after a preposition of place ("near loading dock").
 ING_ALWAYS = """baking cutting dining gaming hiking living parking roasting sewing shopping steering
     swimming vending""".split()
-ING_STATE = """amazing appearing barking blinking blooming boiling breaking burning cheering
-    crashing crumbling crying disgusting disturbing drooping dying eating fading falling flaming
-    flashing floating flowing flying frowning glistening glowing grazing hanging incoming
-    interesting jumping laughing leaning looking matching melting moving oncoming opposing passing
-    peeling protruding receding remaining rising rolling running rushing setting shining sitting
-    smiling smoking soaring speeding squinting standing striking surrounding towering walking waving
-    winding working""".split()
+ING_STATE = """amazing appearing blinking breaking burning cheering crashing crumbling crying
+    drooping dying eating fading falling flaming flashing floating flowing flying glistening glowing
+    hanging incoming interesting jumping laughing leaning looking matching moving oncoming opposing
+    passing peeling remaining rising rolling running rushing setting shining sitting smiling smoking
+    soaring standing striking surrounding towering walking working""".split()
 PLACING = ("by", "near", "beside", "at", "on", "in", "under", "behind")
 ACTIVITIES = """biking boarding climbing diving fishing jumping sailing shopping skating skiing
     surfing watching""".split()
@@ -205,45 +189,36 @@ FIXED = with_plurals("""big-ben big-rig brief-case close-up double-decker flat-s
     orange-slice polar-bear rear-view smart-phone stainless-steel tea-set television-set third-base
     top-hat train-set wet-suit white-house wild-flower""")
 # "a group of people" is one phrase, and people is its subject.
-QUANTITY = with_plurals("""abundance amount array assortment batch bit bite brood bunch bundle chunk
-    clump cluster collection couple crowd dozen fleet flock fragment gang group half halves handful
-    heap herd hundred kind line load lot mass mix mob mound multitude number pack pair part patch
-    piece pile plenty plethora portion row school section selection series serving set shower slice
-    sort stack string strip swarm swirl team thousand ton trio type variety wealth""")
+QUANTITY = with_plurals("""abundance amount array assortment batch bit bite brood bunch bundle
+    cluster collection couple crowd dozen fleet flock fragment gang group half handful heap herd
+    hundred kind line load lot mob mound multitude number pack pair part patch piece pile plethora
+    portion row school section selection series serving set shower slice sort stack string strip
+    swarm swirl team thousand trio type variety wealth""")
 # A picture of a dog shows a dog: the dog is a phrase, the picture is none.
 PICTURES = with_plurals("""close close-up closeup footage image photo photograph picture portrait
     screenshot selfie shot snapshot up view""")
 # Times, events, manners, sports, abstractions: one cannot point at them. Nor at what ends as they
 # do, but for CONCRETE.
-NOT_THINGS = with_plurals("""a.m abuse accident advantage adventure advice afternoon ages agreement
-    air am apocalypse approach april argument attack attempt august autumn backhand badminton basis
-    battle benefit birth birthday break breeze budget bunt call career ceremony choice christmas cm
-    color comment concept concern concert conflict contest context contrast crash cricket crime
-    crisis danger day daylight daytime death debate december decision delight depth descent desire
-    discussion disrepair division dozen dusk earthquake easter effect effort energy entertainment
-    error escape evening event example excitement excuse expression fact failure faith fashion favor
-    fear february feel festival fetch fight flight focus freedom friday fun funeral future game golf
-    grip growth guess guilt haircut halloween health height help heritage history hockey holiday
-    homework honor hope hour hunger idea impact incident income interest interview issue january job
-    joke journey joust joy july jump june justice kg kind kiss km length lesson level life look loss
-    luck manner marathon marriage match matches matter meeting midair midst mind minute mission ml
-    mm mode moment monday month morning movement mph murder music nap nature need news night noise
-    november october odds order oz p.m parade party peace percent phase picnic play pleasure pm
-    practice pressure process profit progress protest prowess purpose race rally reason recession
-    rehearsal relationship relief research respect rest ride risk role rugby safety saturday season
-    september serve shame show size skateboarding skiing skill sleep smell snowboarding sort sound
-    speech speed spirit status strategy strength stress strike struggle stunt style success summer
-    sunday support surfing surgery surprise surroundings talk task temperature tennis tension theory
-    thought threat thursday time today tonight touch tour tournament transit transport treatment
-    trial trick trip trouble trust truth tuesday turn twilight type unison use variety victory
-    vision visit voice volley wait war weather wedding wednesday week weekend welcome wind winter
-    wish wonder work worry worth year""")
+NOT_THINGS = with_plurals("""a.m accident adventure afternoon ages air am april attack attempt
+    august autumn badminton battle birth birthday break bunt call ceremony choice christmas color
+    concern concert contest contrast crash crisis day daytime death debate december decision delight
+    discussion dozen dusk earthquake easter effect effort energy entertainment evening event example
+    excitement expression fashion fear february feel festival fight flight focus friday fun funeral
+    future game golf grip haircut halloween health height help history hockey holiday homework hour
+    incident interest interview january job joke journey joy july jump june justice kind kiss length
+    lesson level life look luck marathon match matches matter meeting midair midst mind ml mode
+    moment monday month morning movement mph music nap nature need news night november october order
+    parade party peace picnic play pm practice pressure process progress protest purpose race rest
+    ride safety saturday season september serve show size skiing skill sleep sort speech speed
+    spirit status strength strike stunt style summer sunday support surgery surprise surroundings
+    talk temperature tennis thought thursday time today tonight tour tournament transit transport
+    trick trip tuesday turn twilight type unison use variety victory vision visit volley wait war
+    weather wedding wednesday week weekend welcome wind winter wonder work year""")
 ABSTRACT = re.compile(r".*(?:ness|ism|[ae]nce|it(?:y|ie)|(?<!ic)ation|[^a]tion)s?$")
 CONCRETE = with_plurals("""ambulance amenity appliance audience cavity city collection community
     construction contraption creation decoration entrance facility fence formation foundation
-    harness illustration inscription installation institution intersection junction location nation
-    opacity portion protection reflection residence section selection station substance university
-    utility vegetation wilderness witness""")
+    harness installation institution intersection junction location protection reflection residence
+    section station substance university vegetation wilderness""")
 # Nor at words that place things, but at "his back"; nor, alone, at ball sports and, after a
 # preposition, at BARE ("on display"); nor at arrays ("in a row"), and what is taken ("a swing").
 LOCATIONS = with_plurals("""back bottom center centre distance edge end front inside left middle
@@ -253,17 +228,15 @@ BARE = with_plurals("""bat bloom board breakfast case class construction course 
     fire foot formation front guard half hand horseback lunch part place play row sale service shape
     stock sunrise sunset tow town view""")
 ARRAYS = ("row", "line", "circle", "group", "pile")
-ACTS = with_plurals("""bath bite bow breather dip drink glance hit hug kiss leap look peek place
-    push shot sip step stretch stroll swing walk way""")
+ACTS = with_plurals("bath bite bow drink hit hug kiss leap look place shot sip step swing walk way")
 TAKING = """do does doing gave get getting give gives giving has have having make makes making take
     taken takes taking took""".split()
 # What most often does what a verb says: in "a man in a hat riding a horse" the man rides. After
 # "the", the first alone; after "a", any noun, but for words of MANY ("a few street signs").
-PEOPLE = """batter boy cat child dog girl guy lady man person pitcher player rider skateboarder
-    skater skier surfer toddler woman""".split()
-MOVERS = with_plurals(" ".join(PEOPLE)) | with_plurals("""airplane baby bear bird boat bride bull
-    bus catcher children couple cow duck elephant giraffe goat group horse kid lion men monkey
-    people plane puppy sheep team train truck women zebra""")
+PEOPLE = """batter boy cat child dog girl guy lady man person pitcher player rider skater skier
+    surfer woman""".split()
+MOVERS = with_plurals(" ".join(PEOPLE)) | with_plurals("""airplane bird boat bus children couple cow
+    elephant group horse men people plane team train truck women""")
 SINGULAR = ("a", "an", "one", "another", "each", "every")
 MANY = QUANTITY | {"few", "several", "many"}
 
@@ -341,128 +314,110 @@ BETWEEN = START + JOINTS + PREPS  # stands before one
 PLACES = PREPS + UP + ADV
 FOLLOWS = PLACES + TO + SUB + JOINTS + MARK + OPENERS + NEARBY + PRON + THAT + BE  # follows a verb
 
-# What the tests below look at: words and tags around words[index]; tags from index on are classes.
+# What a test of a rule looks at: all words and tags; tags from index on are classes.
 Near = namedtuple("Near", "words tags index before word after left2 right2")
 
 
-def after_person(near):
-    return near.before in MOVERS or re.match(".{2,}(?:[eo]r|man|ist)$", near.before)
+def is_person(word):
+    return word in MOVERS or re.match(".{2,}(?:[eo]r|man|ist|ward)$", word)
 
 
-def before_particle(near):
-    return (
-        near.after in ("up", "down", "in", "out", "off")
-        and near.right2 in NOUNS + RIDE + LIGHTS + ADJ
-    )
-
-
-def after_one(near):
+def after_one(at):
     """The noun before is one of its kind, so no plural follows it: a bird *perches* on."""
-    words, tags, start = near.words, near.tags, near.index - 1
+    words, tags, start = at.words, at.tags, at.index - 1
     bound = max(1, start - 8)
     while start > bound and tags[start] in COMPOUNDS + ADJ + PARTICIPLE + JOINTS:
         if tags[start] in JOINTS and tags[start + 1] not in ADJ + CONJ:
             break  # a man, a woman
         start -= 1
     if words[start] == "the":
-        return near.before in PEOPLE
-    single = words[start] in SINGULAR and near.word[-1] == "s"
-    return single and not MANY.intersection(words[start : near.index])
+        return at.before in PEOPLE
+    single = words[start] in SINGULAR and at.word[-1] == "s"
+    return single and not MANY.intersection(words[start : at.index])
 
 
-def after_two(near):
+def after_two(at):
     """Two things or more came before, and no verb: a man and a woman *ride* on."""
-    some = near.tags[max(2, near.index - 6) : near.index]
-    several = PLURAL in near.tags[2:6] or CONJ in some[-4:]
-    verb = LEXICON.get(near.word + "s") == RIDES
-    return verb and several and not any(tag in VERB + ING + PAST + BE for tag in some)
+    some = "".join(at.tags[max(2, at.index - 6) : at.index])
+    several = PLURAL in at.tags[2:6] or CONJ in some[-4:]
+    return several and LEXICON.get(at.word + "s") == RIDES and not re.search("[VGEB]", some)
 
 
-def compounds(near):
+def compounds(at):
     """A *cutting* board, but a *riding* man; between phrases only ING_ALWAYS: *parking* lots."""
-    left = near.tags[near.index - 1]
-    if near.word in ING_ALWAYS:
-        return left not in JOINTS + START + NOUN or near.before not in MOVERS
-    placed = left in INSIDE + COMPOUND or near.before in PLACING
-    return placed and near.word not in ING_STATE and near.after not in MOVERS
+    left = at.tags[at.index - 1]
+    if at.word in ING_ALWAYS:
+        return left not in JOINTS + START + NOUN or at.before not in MOVERS
+    placed = left in INSIDE + COMPOUND or at.before in PLACING
+    return placed and at.word not in ING_STATE and at.after not in MOVERS
 
 
-def owns(near):
+def owns(at):
     """A person, and the apostrophe is missing: a *persons* back."""
-    person = near.word[:-1] in MOVERS or re.match(".+(?:[eo]r|ward|ist)s$", near.word)
-    return near.word == "mans" or near.before in ("a", "an") and person
+    return at.word == "mans" or at.before in ("a", "an") and is_person(at.word[:-1])
 
 
 # The class of a word, the tag before it, the class after it -> its tag; then what else must hold.
 # The first row that fits counts; where none does, USUALLY decides.
 RULES = (
     (ALL, ANY, RIDING + PARKED, PRON),  # people, *all* wearing hats
-    (ALL, ANY, DET, ADV, lambda near: near.word == "both" and near.after in SINGULAR),
-    (ADJ, NOUNS, RIGHT, ADV, lambda near: near.word in LOCATIONS),  # zebra *bottom* left
-    (ADJ, NOUN, ANY, NOUN, lambda near: near.word in LOCATIONS),  # a hill *top*
-    (ORANGE, ANY, JOINTS, ADJ, lambda near: near.right2 == ADJ),  # an *orange* and red bus
+    (ALL, ANY, DET, ADV, lambda at: at.word == "both" and at.after in SINGULAR),
+    (ADJ, NOUNS, RIGHT, ADV, lambda at: at.word in LOCATIONS),  # zebra *bottom* left
+    (ADJ, NOUN, ANY, NOUN, lambda at: at.word in LOCATIONS),  # a hill *top*
+    (ADJ, ARTICLES, PLACES + MARK + VERB, NOUN, lambda at: at.word not in LEXICON),  # a *guppy*
+    (ORANGE, ANY, JOINTS, ADJ, lambda at: at.right2 == ADJ),  # an *orange* and red bus
     (ORANGE, NOUN, ANY, NOUN),  # a street *light*
-    (ORANGE, ANY, RIDING, ADJ, lambda near: near.after in ING_ALWAYS),  # a *male* parking attendant
-    # an *electronic* sewing machine
-    (ORANGE, ANY, RIDING, ADJ, lambda near: near.word not in LEXICON and near.right2 in THINGS),
+    (ORANGE, ANY, RIDING, ADJ, lambda at: at.word not in LEXICON and at.right2 in THINGS),
     (ORANGE, ANY, RIDES + RIDING + VERB, NOUN),  # an *orange* sits
     (ORANGE, ANY, NOUNISH, ADJ),  # an *orange* bus
     (ORANGE, BE + DEGREE, ANY, ADJ),  # is *orange*
     # *mountain* climbing
-    (NOUN + ORANGE + RIDE, NOUNS + BE + VERB, RIDING, ADV, lambda near: near.after in ACTIVITIES),
+    (NOUN + ORANGE + RIDE, NOUNS + BE + VERB, RIDING, ADV, lambda at: at.after in ACTIVITIES),
     (NOUN, PLURAL + INF, OPENERS, VERB),  # to *pedal* a bike
-    (NOUN, PLURAL, PLACES, VERB, lambda near: near.left2 in START + NUM),  # two men *grapple* on
+    (NOUN, PLURAL, PLACES, VERB, lambda at: at.left2 in START + NUM),  # two men *grapple* on
     # a man and a woman *salute* a flag
-    (NOUN, NOUN, OPENERS, VERB, lambda near: CONJ in near.tags[near.index - 4 : near.index - 1]),
+    (NOUN, NOUN, OPENERS, VERB, lambda at: CONJ in at.tags[at.index - 4 : at.index - 1]),
     (PLURAL + LIGHTS, NOUN + DEGREE, OPENERS, VERB),  # a boy *pedals* his bike
     # a man stands and *bends* his knees
-    (PLURAL, CONJ, OPENERS, VERB, lambda near: VERB in near.tags[: near.index][-9:]),
+    (PLURAL, CONJ, OPENERS, VERB, lambda at: VERB in at.tags[: at.index][-9:]),
     (PLURAL + LIGHTS, PRON, ANY, VERB),  # as she *bends*
-    (LIGHTS, NOUN, FOLLOWS, VERB, lambda near: near.before in MOVERS),  # a boy *waves*
+    (LIGHTS, NOUN, FOLLOWS, VERB, lambda at: at.before in MOVERS),  # a boy *waves*
     (LIGHTS, NOUN, NOUNS + ADJ, VERB, after_one),  # a chef *slices* onions
     (PLURAL + LIGHTS, NOUN, FOLLOWS + RIDING, VERB, after_one),  # a bird *perches* on
     (PLURAL, ANY, THINGS + ADJ + BACK, OWNER, owns),  # a *mans* hat
     (RIDE, REL + PRON + AUX + INF, ANY, VERB),  # to *ride*
-    (RIDE, JOINTS, ANY, VERB, lambda near: near.left2 == VERB),  # sit and *ride*
+    (RIDE, JOINTS, ANY, VERB, lambda at: at.left2 == VERB),  # sit and *ride*
     (RIDE, PLURAL + BE, NEXT + FOLLOWS, VERB),  # people *ride* on
-    (RIDE, NOUN, OPENERS + PRON, VERB, after_person),  # a player *beat* the ground
+    (RIDE, NOUN, OPENERS + PRON, VERB, lambda at: is_person(at.before)),  # a man *beat* it
     (RIDE, NOUN + COMMA, OPENERS + PLACES, VERB, after_two),  # a man and a woman *ride* on
     (PAINTING, PLURAL + BE + PRON + VERB, ANY, ING),  # people *painting*
     (PAINTING, NOUN, OPENERS, ING),  # a worker *painting* a wall
-    (PAINTING, NOUN, ANY, ING, lambda near: near.before in MOVERS),  # a man *painting*
+    (PAINTING, NOUN, ANY, ING, lambda at: at.before in MOVERS),  # a man *painting*
     # a *cutting* board; a *smiling* man; and *smiling* people, a glass of *running* water
     (RIDING, INSIDE + COMPOUND + BETWEEN + NOUN, THINGS + PAINTING, COMPOUND, compounds),
     (RIDING, INSIDE + DEGREE, NEXT + VERB, PARTICIPLE),
-    (RIDING, BETWEEN + VERB + ING, NEXT + VERB, PARTICIPLE, lambda near: near.word in ING_STATE),
-    (
-        RIDING,
-        PREPS,
-        THINGS + PARKED + PAINTING,
-        PARTICIPLE,
-        lambda near: near.before in ("of", "with"),
-    ),
+    (RIDING, BETWEEN + VERB + ING, NEXT + VERB, PARTICIPLE, lambda at: at.word in ING_STATE),
+    (RIDING, PREPS, THINGS + PARKED + PAINTING, PARTICIPLE, lambda at: at.before in ("of", "with")),
     (RIDING, ARTICLES, ANY, NOUN),  # the *landing*
     (PARKED, INSIDE + BETWEEN + DEGREE + VERB + ING + NOUN, NEXT, PARTICIPLE),  # *parked* cars
-    (PARKED, INSIDE, UP + PREP, PARTICIPLE, before_particle),  # a *fenced* in area
+    (PARKED, ARTICLES, UP + PREP, PARTICIPLE, lambda at: at.right2 in NOUNS + ADJ),
     (PREP + UP, PARTICIPLE, ANY, PARTICIPLE),  # a fenced *in* area
     (PARKED, ARTICLES, RIGHT, PARTICIPLE),  # a *broken* left wing
     (PARKED, ARTICLES, ANY, NOUN),  # a *set* of
     (PARKED, ADJ, VERB, NOUN),  # a small *dug* sits
-    (PARKED, START, LINK, NOUN, lambda near: near.word in QUANTITY),  # *set* of
+    (PARKED, START, LINK, NOUN, lambda at: at.word in QUANTITY),  # *set* of
     (VERB, INSIDE, ANY, NOUN),  # a *stare* at
     # in red *smiles*
-    (RIDES, ADJ, ANY, VERB, lambda near: near.words[near.index - 2] in ("in", "wearing", "wears")),
+    (RIDES, ADJ, ANY, VERB, lambda at: at.words[at.index - 2] in ("in", "wearing", "wears")),
     (RIDES, INSIDE + PREPS + START + COMPOUND, ANY, PLURAL),  # two *rides*
     (TO, ANY, VERB + BE, INF),  # *to* eat
-    (TO, ANY, RIDE, INF, lambda near: near.before != "next"),  # *to* ride
-    (TO, ANY, NOUN, INF, lambda near: near.right2 == DET),  # *to* pedal a bike
-    (TO, ANY, PARKED, INF, lambda near: near.after in ("cut", "put", "set", "shut")),
-    (BACK, ANY, NOUNS, ADJ, lambda near: near.after in MOVERS),  # the *back* man
+    (TO, ANY, RIDE, INF, lambda at: at.before != "next"),  # *to* ride
+    (TO, ANY, PARKED, INF, lambda at: at.after in ("cut", "put", "set", "shut")),
     (BACK, ARTICLES + ADJ + GENITIVE + OWNER + PREPS + START, ANY, NOUN),  # the *back* of
     (NEARBY, ARTICLES + ADJ, ANY, ADJ),  # a *nearby* house
     (RIGHT, ANY, STARTS + DEGREE + VERB + BACK, ADJ),  # the *right* hand
     (UP, ANY, STARTS + OPENERS + PRON + THAT + BACK, PREP),  # *up* a hill
-    (UP, ANY, RIDING, PREP, lambda near: near.word == "by" and near.right2 in THINGS),
+    (UP, ANY, RIDING, PREP, lambda at: at.word == "by" and at.right2 in THINGS),
     (HER, ANY, NOUNISH, POSS),  # *her* hat
     (ONE, ANY, THINGS + ADJ + CAN, NUM),  # *one* dog
     (THAT, NOUNS + PRON + ADJ, ANY, REL),  # a dog *that* runs
@@ -524,12 +479,6 @@ def noun_phrases(tags):
     return [(match.start(), match.end() - 1) for match in NOUN_PHRASE.finditer(code)]
 
 
-@lru_cache(maxsize=1 << 16)
-def is_abstract(word):
-    """Whether a noun names nothing that one can point at."""
-    return word in NOT_THINGS or bool(ABSTRACT.match(word)) and word not in CONCRETE
-
-
 def is_thing(words, tags, first, last, subject):
     """Whether one can point at what the noun phrase words[first : last + 1] names."""
     word, before, after = words[last], words[first - 1], words[last + 1]
@@ -537,7 +486,8 @@ def is_thing(words, tags, first, last, subject):
     shown = after in ("on", "hanging", "hung", "above") and before != "for"
     if word in PICTURES and not shown:
         return word == "view" and subject < last and after != "of"  # a lake view
-    if tags[last] == PRON or is_abstract(word) or taken and word in ACTS | PICTURES:
+    abstract = word in NOT_THINGS or ABSTRACT.match(word) and word not in CONCRETE
+    if tags[last] == PRON or abstract or taken and (word in ACTS or word in PICTURES):
         return False
     if before in ("says", "saying") and tags[first] != DET:
         return False  # a sign saying stop
@@ -615,23 +565,11 @@ def subject_texts(parsed):
 # Universal Dependencies: parts of speech with their tags; relations inside a noun phrase, where
 # nouns are "compound"; relations of words that wait for a head to their right.
 EXPLETIVE = "X"  # *there* is a dog: a tag that only a tree asks for
-UPOS = {
-    "ADJ": ADJ,
-    "ADP": PREPS,
-    "ADV": ADV + DEGREE,
-    "AUX": BE + AUX,
-    "CCONJ": CONJ,
-    "DET": DET,
-    "NOUN": COMPOUNDS + OWNER,
-    "NUM": NUM,
-    "PART": INF + GENITIVE,
-    "PRON": POSS + PRON + REL + EXPLETIVE,
-    "PUNCT": COMMA + MARK,
-    "SCONJ": SUB,
-    "VERB": VERB + ING + PAST + PARTICIPLE,
-}
+UPOS = dict(ADJ=ADJ, ADP=PREPS, ADV=ADV + DEGREE, AUX=BE + AUX, CCONJ=CONJ, DET=DET, NUM=NUM)
+UPOS |= dict(NOUN=COMPOUNDS + OWNER, PRON=POSS + PRON + REL + EXPLETIVE, SCONJ=SUB)
+UPOS |= dict(PART=INF + GENITIVE, PUNCT=COMMA + MARK, VERB=VERB + ING + PAST + PARTICIPLE)
 INNER = {DET: "det", POSS: "nmod:poss", OWNER: "nmod:poss", ADJ: "amod", PARTICIPLE: "amod"}
-INNER |= {DEGREE: "advmod", NUM: "nummod"}
+INNER |= {DEGREE: "advmod", NUM: "nummod", MARK: "punct"}
 WAITS = {ADV: "advmod", DEGREE: "advmod", PREP: "case", LINK: "case", GENITIVE: "case", CONJ: "cc"}
 WAITS |= {INF: "mark", SUB: "mark", BE: "aux", AUX: "aux", EXPLETIVE: "expl"}
 WAITS |= {COMMA: "punct", MARK: "punct"}
@@ -996,20 +934,39 @@ def draw(parsed):
     return "\n".join(lines) + "\n"
 
 
+def read_lines(path):
+    """Yields number and text of each line: UTF-8, or UTF-16 by its mark; "-" is standard input.
+
+    What is neither is read as Latin-1, and that is said once.
+    """
+    with open(0 if path == "-" else path, "rb") as file:
+        wide = file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff")
+        said = False
+        text = io.TextIOWrapper(file, "utf-16" if wide else "utf-8-sig", "surrogateescape")
+        for number, line in enumerate(text, 1):
+            if not line.isascii() and re.search("[\udc80-\udcff]", line):
+                line = line.encode("utf-8", "surrogateescape").decode("latin-1")
+                if not said:
+                    print(f"{path}:{number}: this is no UTF-8; read as Latin-1", file=sys.stderr)
+                said = True
+            yield number, line.rstrip("\n")
+
+
 def read_captions(path):
-    """Yields the captions of COCO's .json, of .jsonl records or of a text's lines; "-": stdin."""
-    with open(0 if path == "-" else path, encoding="utf-8", errors="replace") as file:
-        try:
-            if str(path).endswith(".json"):
-                yield from (row["caption"] for row in json.load(file)["annotations"])
-            for line in file:
-                row = {"caption": line.rstrip("\r\n")}
-                if str(path).endswith(".jsonl"):
-                    row = json.loads(line)
-                yield from row["captions"] if "captions" in row else [row["caption"]]
-        except (ValueError, KeyError, TypeError) as error:
-            kinds = ".json must be COCO's captions, .jsonl records with a caption or captions"
-            raise ValueError(f"{path}: {kinds} ({error!r})") from error
+    """Yields the captions of COCO's .json, of .jsonl records or of a text's lines."""
+    name, lines = str(path), read_lines(path)
+    try:
+        if name.endswith(".json"):
+            rows = json.loads("\n".join(line for _, line in lines))["annotations"]
+        elif name.endswith(".jsonl"):
+            rows = (json.loads(line) for _, line in lines if line.strip())
+        else:
+            rows = ({"caption": line} for _, line in lines)
+        for row in rows:
+            yield from row["captions"] if "captions" in row else [row["caption"]]
+    except (ValueError, KeyError, TypeError) as error:
+        kinds = ".json must be COCO's captions, .jsonl records with a caption or captions"
+        raise ValueError(f"{path}: {kinds} ({error!r})") from error
 
 
 def find(text, caption, start=0, taken=()):
@@ -1047,14 +1004,15 @@ def locate(caption, answer):
 def read_parses(path):
     """{caption: [`Phrase`, …]} of a file as --json writes it; ValueError names a bad line."""
     parses = {}
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                parses[row["caption"]] = locate(row["caption"], row["phrases"])
-            except (ValueError, KeyError, TypeError) as error:
-                wanted = '{"caption": …, "phrases": [{"text": …, "subject": …}, …]}'
-                raise ValueError(f"{path}:{number}: a line is {wanted} ({error})") from error
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            parses[row["caption"]] = locate(row["caption"], row["phrases"])
+        except (ValueError, KeyError, TypeError) as error:
+            wanted = '{"caption": …, "phrases": [{"text": …, "subject": …}, …]}'
+            raise ValueError(f"{path}:{number}: a line is {wanted} ({error})") from error
     return parses
 
 
@@ -1105,11 +1063,7 @@ def command_line():
     add("--file", help="parse each line of FILE, COCO's .json or .jsonl records; -: standard input")
     add("--json", action="store_true", help="print one JSON object a caption instead of text")
     add("--draw", action="store_true", help="draw the trees in text")
-    add(
-        "--score",
-        metavar="GOLD",
-        help="rate the rules, or --parses, on gold captions",
-    )
+    add("--score", metavar="GOLD", help="rate the rules, or --parses, on gold captions")
     add("--parses", metavar="FILE", help="with --score: rate these parses (.jsonl)")
     return parser.parse_args()
 
