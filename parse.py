@@ -569,7 +569,7 @@ UPOS = dict(ADJ=ADJ, ADP=PREPS, ADV=ADV + DEGREE, AUX=BE + AUX, CCONJ=CONJ, DET=
 UPOS |= dict(NOUN=COMPOUNDS + OWNER, PRON=POSS + PRON + REL + EXPLETIVE, SCONJ=SUB)
 UPOS |= dict(PART=INF + GENITIVE, PUNCT=COMMA + MARK, VERB=VERB + ING + PAST + PARTICIPLE)
 INNER = {DET: "det", POSS: "nmod:poss", OWNER: "nmod:poss", ADJ: "amod", PARTICIPLE: "amod"}
-INNER |= {DEGREE: "advmod", NUM: "nummod", MARK: "punct"}
+INNER |= {DEGREE: "advmod", NUM: "nummod"}
 WAITS = {ADV: "advmod", DEGREE: "advmod", PREP: "case", LINK: "case", GENITIVE: "case", CONJ: "cc"}
 WAITS |= {INF: "mark", SUB: "mark", BE: "aux", AUX: "aux", EXPLETIVE: "expl"}
 WAITS |= {COMMA: "punct", MARK: "punct"}
@@ -649,6 +649,9 @@ class Grower:
                 self.hang(i, i - 1, "case")
                 self.hang(i - 1, owner, "nmod:poss")
                 owner = i - 1
+            elif tag == MARK:  # a "stop" sign
+                closes = MARK in self.tags[first:i]
+                self.hang(i, i - 1 if closes else i + 1, "punct")
             elif tag in JOINTS:
                 self.hang(i, adjective, WAITS[tag])
                 if tag == CONJ or after == CONJ or adjective == chain:
