@@ -172,13 +172,14 @@ DEGREES = ("(er|est)$", ""), ("(?<=e)(r|st)$", ""), (r"(.)\1(er|est)$", r"\1"), 
 # -ing words that belong to the noun after them wherever they stand ("and parking lots"), and those
 # that describe it ("running water"); any other does the first inside a noun phrase ("a rocking
 # chair") and after a preposition of place ("near loading dock").
-ING_ALWAYS = """baking cutting dining gaming hiking living parking roasting sewing shopping steering
-    swimming vending""".split()
+ING_ALWAYS = """baking charging cutting dining frying gaming hiking living parking roasting sewing
+    shopping steering swimming vending""".split()
 ING_STATE = """amazing appearing blinking breaking burning cheering crashing crumbling crying
     drooping dying eating fading falling flaming flashing floating flowing flying glistening glowing
     hanging incoming interesting jumping laughing leaning looking matching moving oncoming opposing
     passing peeling remaining rising rolling running rushing setting shining sitting smiling smoking
     soaring standing striking surrounding towering walking working""".split()
+FORMS = ("fit", "length", "neck", "size", "sleeve", "story", "style")
 PLACING = ("by", "near", "beside", "at", "on", "in", "under", "behind")
 ACTIVITIES = """biking boarding climbing diving fishing jumping sailing shopping skating skiing
     surfing watching""".split()
@@ -186,8 +187,8 @@ ACTIVITIES = """biking boarding climbing diving fishing jumping sailing shopping
 FIXED = with_plurals("""big-ben big-rig brief-case close-up double-decker flat-screen french-fries
     golden-gate half-pipe high-chair high-heel hot-dog light-bulb light-fixture light-house
     light-pole light-post light-switch new-orleans new-york new-zealand orange-juice orange-peel
-    orange-slice polar-bear rear-view smart-phone stainless-steel tea-set television-set third-base
-    top-hat train-set wet-suit white-house wild-flower""")
+    orange-slice polar-bear rear-view running-shoe smart-phone stainless-steel tea-set
+    television-set third-base top-hat train-set wet-suit white-house wild-flower""")
 # "a group of people" is one phrase, and people is its subject.
 QUANTITY = with_plurals("""abundance amount array assortment batch bit bite brood bunch bundle
     cluster collection couple crowd dozen fleet flock fragment gang group half handful heap herd
@@ -200,20 +201,21 @@ PICTURES = with_plurals("""close close-up closeup footage image photo photograph
 # Times, events, manners, sports, abstractions: one cannot point at them. Nor at what ends as they
 # do, but for CONCRETE.
 NOT_THINGS = with_plurals("""a.m accident adventure afternoon ages air am april attack attempt
-    august autumn badminton battle birth birthday break bunt call ceremony choice christmas color
-    concern concert contest contrast crash crisis day daytime death debate december decision delight
-    discussion dozen dusk earthquake easter effect effort energy entertainment evening event example
-    excitement expression fashion fear february feel festival fight flight focus friday fun funeral
-    future game golf grip haircut halloween health height help history hockey holiday homework hour
-    incident interest interview january job joke journey joy july jump june justice kind kiss length
-    lesson level life look luck marathon match matches matter meeting midair midst mind ml mode
-    moment monday month morning movement mph music nap nature need news night november october order
-    parade party peace picnic play pm practice pressure process progress protest purpose race rest
-    ride safety saturday season september serve show size skiing skill sleep sort speech speed
-    spirit status strength strike stunt style summer sunday support surgery surprise surroundings
-    talk temperature tennis thought thursday time today tonight tour tournament transit transport
-    trick trip tuesday turn twilight type unison use variety victory vision visit volley wait war
-    weather wedding wednesday week weekend welcome wind winter wonder work year""")
+    august autumn badminton battle birth birthday break bunt call century ceremony choice christmas
+    cm color concern concert contest contrast crash crisis day daytime death debate december
+    decision delight discussion dozen dusk earthquake easter effect effort energy entertainment
+    evening event example excitement expression fashion fear february feel festival fight flight
+    focus friday fun funeral future game golf grip haircut halloween health height help history
+    hockey holiday homework hour incident increase interest interview january job joke journey joy
+    july jump june justice kg kind kiss length lesson level life look luck m marathon match matches
+    matter meeting midair midst mind ml mm mode moment monday month morning movement mph music nap
+    nature need news night november october order oz parade party peace picnic play pm practice
+    pressure process progress protest purpose race rest ride safety saturday season september serve
+    show size skiing skill sleep sort speech speed spirit status strength strike stunt style summer
+    sunday support surgery surprise surroundings talk temperature tennis thought thursday time today
+    tonight tour tournament transit transport trick trip tuesday turn twilight type unison use
+    variety victory vision visit volley wait war weather wedding wednesday week weekend welcome wind
+    winter wonder work year""")
 ABSTRACT = re.compile(r".*(?:ness|ism|[ae]nce|it(?:y|ie)|(?<!ic)ation|[^a]tion)s?$")
 CONCRETE = with_plurals("""ambulance amenity appliance audience cavity city collection community
     construction contraption creation decoration entrance facility fence formation foundation
@@ -228,9 +230,10 @@ BARE = with_plurals("""bat bloom board breakfast case class construction course 
     fire foot formation front guard half hand horseback lunch part place play row sale service shape
     stock sunrise sunset tow town view""")
 ARRAYS = ("row", "line", "circle", "group", "pile")
-ACTS = with_plurals("bath bite bow drink hit hug kiss leap look place shot sip step swing walk way")
-TAKING = """do does doing gave get getting give gives giving has have having make makes making take
-    taken takes taking took""".split()
+ACTS = with_plurals("""bath bite bow drink guard hit hug kiss leap look place shot sip step swing
+    walk way""")
+TAKING = """do does doing gave get getting give gives giving has have having make makes making stand
+    standing stands take taken takes taking took""".split()
 # What most often does what a verb says: in "a man in a hat riding a horse" the man rides. After
 # "the", the first alone; after "a", any noun, but for words of MANY ("a few street signs").
 PEOPLE = """batter boy cat child dog girl guy lady man person pitcher player rider skater skier
@@ -291,7 +294,7 @@ def classify(word):
         found = classify(last)
         if found in (ADJ, PARKED, RIDING):
             return found
-        whole = last in ("style", "free", "size", "type") or classify(first) in (ADJ, NUM, ONE)
+        whole = last in FORMS or first == "non" or classify(first) in (ADJ, NUM, ONE)
         return PLURAL if last.endswith("s") else ORANGE if whole else NOUN
     if any(LEXICON.get(re.sub(pattern, base, word)) == ADJ for pattern, base in DEGREES):
         return ADJ
@@ -364,13 +367,15 @@ RULES = (
     (ALL, ANY, DET, ADV, lambda at: at.word == "both" and at.after in SINGULAR),
     (ADJ, NOUNS, RIGHT, ADV, lambda at: at.word in LOCATIONS),  # zebra *bottom* left
     (ADJ, NOUN, ANY, NOUN, lambda at: at.word in LOCATIONS),  # a hill *top*
-    (ADJ, ARTICLES, PLACES + MARK + VERB, NOUN, lambda at: at.word not in LEXICON),  # a *guppy*
+    # a *guppy*
+    (ADJ, ARTICLES, PLACES + MARK + VERB, NOUN, lambda at: at.word.endswith("y")),
     (ORANGE, ANY, JOINTS, ADJ, lambda at: at.right2 == ADJ),  # an *orange* and red bus
     (ORANGE, NOUN, ANY, NOUN),  # a street *light*
     (ORANGE, ANY, RIDING, ADJ, lambda at: at.word not in LEXICON and at.right2 in THINGS),
     (ORANGE, ANY, RIDES + RIDING + VERB, NOUN),  # an *orange* sits
     (ORANGE, ANY, NOUNISH, ADJ),  # an *orange* bus
     (ORANGE, BE + DEGREE, ANY, ADJ),  # is *orange*
+    (NOUN, ADJ, THINGS, ADJ, lambda at: at.word in FORMS),  # a long *sleeve* shirt
     # *mountain* climbing
     (NOUN + ORANGE + RIDE, NOUNS + BE + VERB, RIDING, ADV, lambda at: at.after in ACTIVITIES),
     (NOUN, PLURAL + INF, OPENERS, VERB),  # to *pedal* a bike
@@ -424,7 +429,7 @@ RULES = (
     (THAT, ANY, THINGS + ADJ, DET),  # *that* dog
     (CAN, NOUNS + PRON, VERB + RIDE + BE + ADV, AUX),  # a dog *can* swim
     (QUOTE, PLURAL, NOUNISH, GENITIVE),  # two dogs *'* heads
-    (GENITIVE_S, NOUNS + PRON, RIDING, BE),  # a dog *'s* running
+    (GENITIVE_S, NOUNS + PRON, RIDING, BE, lambda at: at.right2 not in THINGS),  # he *'s* running
     (GENITIVE_S, NOUNS + PRON, NOUNISH, GENITIVE),  # a dog *'s* head
 )
 USUALLY = {ALL: DET, LIGHTS: PLURAL, RIDES: VERB, HAS: VERB, RIDING: ING, PARKED: PAST, TO: LINK}
@@ -602,8 +607,6 @@ def refine(words, tags):
     for i, (word, after) in enumerate(zip(words, [*words[1:], ""])):
         if word in HAVE and tags[i + 1] in (BE, PAST):
             tags[i] = AUX  # has been
-        elif word in ("all", "both"):
-            tags[i] = DET
         elif word == "there" and tags[i + 1] in (VERB, BE, AUX):
             tags[i] = EXPLETIVE
         elif word == "about" and after == "to":
@@ -720,13 +723,10 @@ class Grower:
             self.mark = index
 
     def hang_relative(self, index):
-        """Who hangs on its noun until a verb comes: a man in a hat who; a man who."""
-        head, noun = self.heads[self.noun], self.noun
+        """Who hangs on its noun until a verb comes: a man who."""
         if self.subject < 0:
             self.relative = index
-        if self.words[index] == "who" and self.words[noun] not in MOVERS and head >= 0:
-            noun = head if self.words[head] in MOVERS else noun
-        return noun, "nsubj"
+        return self.noun, "nsubj"
 
     def hang_noun(self, index, start):
         """Head and label of a noun phrase that is no predicate; start is its first word."""
