@@ -262,8 +262,8 @@ SAME = str.maketrans("’‘ʼ´`‐‑", "'" * 5 + "--")
 def fold(sign):
     """A letter without its accent; U+200B for what is not seen; an entity, filled with them."""
     if len(sign) > 1:
-        seen = html.unescape(sign)[0]
-        return ("\u2063" if seen.isspace() else fold(seen)).ljust(len(sign), "\u200b")
+        seen = html.unescape(sign)[:1].strip()  # nothing for a space, or for no character
+        return (fold(seen) if seen else "\u2063").ljust(len(sign), "\u200b")
     unseen = unicodedata.category(sign) in ("Mn", "Me", "Cf")
     return "\u200b" if unseen else unicodedata.normalize("NFD", sign)[0].translate(SAME)
 
@@ -458,7 +458,7 @@ JOINED = re.compile(
     r"(?<=[JZ])(?:[,K]|,K)(?=Q?[JZ][JZ,KQ]{0,6}[JZNSU]{0,4}[NS])"
     r"|(?<=[DPC][JZ])K(?=N[NU]{0,2}[NS])"  # a white and stainless steel fridge
 )
-QUOTED = re.compile(r"(?<=[DPJZC])\.([A-Z]{1,5})\.(?=[JZ]{0,3}[NS])")  # a "stop" sign
+QUOTED = re.compile(r"(?<=[DPJZC])\.([NSJVGE]{1,5})\.(?=[JZ]{0,3}[NS])")  # a "stop" sign
 FRONTED = re.compile(r"(^I[DPJZN]{0,6})N(?=S+V)")  # after the rain | puddles cover
 NOUN_PHRASE = re.compile(
     r"D{0,3}P?(?:[JZCkUMY]|Q(?=[QJZCNSU])|N(?=[NSnZUM])|R(?=M)|S(?=[NSM])){0,40}[NSn]|R"

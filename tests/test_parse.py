@@ -217,6 +217,7 @@ def test_phrases_and_subjects(line):
         "[A&nbsp;small |dog] on [a |bed]&hellip;",
         "[A |caf&eacute;] &amp; [a |bar]",
         "A &unknown; [|dog]",
+        "&#1; [a |dog]",  # no character at all
     ],
 )
 def test_marks_and_entities_inside_words(line):
