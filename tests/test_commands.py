@@ -510,7 +510,7 @@ def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit) as stop:
         hist.main(["--help"])
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and "[800]" in text and "python hist.py --ground" in text
+    assert stop.value.code == 0 and "[400]" in text and "python hist.py --ground" in text
     for field in hist.fields(hist.Options):
         flag = f"--{field.name.replace('_', '-')}"
         assert re.search(rf"^  {flag}\b", text, re.M), flag

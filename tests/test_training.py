@@ -279,7 +279,7 @@ def test_no_file_is_renamed_while_it_is_open(here, told, monkeypatch):
         replace(old, new)
 
     monkeypatch.setattr(os, "replace", then_closed)
-    o = options(base_steps=0, steps=2, batch_size=2, save_every=1, out=".")
+    o = options(base_steps=0, steps=2, batch_size=2, save_every=1, out=".", data="drawn")
     for name in ("baseline", "hist"):
         hist.train(name, ["caption"], samples_of(o), o, 2)
     assert renamed == ["metrics.jsonl", *["baseline.pt"] * 2, "metrics.jsonl", *["hist.pt"] * 2]
