@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import nbformat
@@ -29,87 +28,188 @@ PARTS = [
     "What none of this shows",
 ]
 
-# For each exercise a plausible wrong answer, and what the sentence must have by which the check
-# refuses it.
+# For each exercise two plausible wrong answers, and what the sentence must have by which the check
+# refuses each.
 WRONG = {
-    "pointing": (
-        "lambda heat, region: bool(heat[region].sum() > heat[~region].sum())",
-        "highest point",
-    ),
-    "balance": (
-        "lambda heat, mask1, mask2: heat[mask1].sum() / heat[mask2].sum()",
-        "smaller over the larger",
-    ),
-    "subject": ("lambda tokens: tokens[-1].text", "compounds"),
-    "composites": (
-        "lambda phrases: [f'{a} and {b}' for a, b in itertools.combinations(phrases, 2)]",
-        "no pair",
-    ),
-    "shape": (
-        "lambda texts, side, patch, heads: (len(texts), heads, max(len(t.split()) for t "
-        "in texts), (side // patch) ** 2)",
-        "axis L",
-    ),
-    "one_way": (
-        "lambda logits, positives: F.cross_entropy(logits, torch.arange(len(logits)))",
-        "two rows that share two texts",
-    ),
-    "mlm": (
-        "lambda logits, labels: F.cross_entropy(logits.flatten(0, 1), labels.flatten(), "
-        "ignore_index=-100)",
-        "nan",
-    ),
-    "attention": (
-        "lambda q, k, v, keep: ((A := (q @ k.transpose(-2, -1)).masked_fill(~keep[:, "
-        "None, None, :], -torch.inf).softmax(-1)) @ v, A)",
-        "root of d",
-    ),
-    "grad_cam": (
-        "lambda A, gradient, mask, grid, prefix: ((A * gradient).mean(1) * mask[..., "
-        "None]).sum(1).div(mask.sum(1, keepdim=True))"
-        "[:, prefix:].reshape(-1, *grid)",
-        "ReLU",
-    ),
-    "positives": (
-        "lambda texts, parses: torch.tensor([[t in parse for t in texts] for parse in parses])",
-        "describe",
-    ),
-    "negatives": (
-        "lambda positives: (torch.multinomial((~torch.eye(*positives.shape, "
-        "dtype=torch.bool)).float(), 1)[:, 0], (~positives).any(1))",
-        "a false one",
-    ),
-    "composition": (
-        "lambda part1, part2, whole: (lambda n: (n(whole) - n(part1.detach() + "
-        "part2.detach())).abs().sum((1, 2)).mean())"
-        "(lambda M: M / M.sum((1, 2), keepdim=True))",
-        "before they are added",
-    ),
-    "backwards": (
-        "lambda part1, part2, whole: composition_loss(part1, part2, whole)",
-        "side to detach",
-    ),
-    "iou": (
-        "lambda heat, union, fraction: ((heat >= fraction) & union).sum() / ((heat >= "
-        "fraction) | union).sum()",
-        "maximum",
-    ),
-    "recall": ("lambda similarity, owner: (similarity.argmax(0) == owner).float().mean()", "a row"),
-    "box": (
-        "lambda box, width, height, side: [v * side / max(width, height) for v in box]",
-        "different factors",
-    ),
-    "record": (
-        "lambda name, caption, phrase, coco_box: json.dumps({'image': name, 'captions': "
-        "[caption], 'split': 'val',"
-        " 'targets': [{'phrase': phrase, 'boxes': [coco_box]}]})",
-        "corners",
-    ),
-    "interval": (
-        "lambda a, b, t=2.776: (b.mean() - a.mean(), t * np.sqrt((a.var(ddof=1) + "
-        "b.var(ddof=1)) / len(a)))",
-        "differences first",
-    ),
+    "pointing": [
+        ("lambda heat, region: bool(heat[region].sum() > heat[~region].sum())", "highest point"),
+        (
+            "lambda heat, region: bool(region[heat.argmin() // 8, heat.argmin() % 8])",
+            "highest point",
+        ),
+    ],
+    "balance": [
+        ("lambda heat, a, b: heat[a].sum() / heat[b].sum()", "smaller over the larger"),
+        ("lambda heat, a, b: min(heat[a].sum(), heat[b].sum()) / heat.sum()", "hold"),
+    ],
+    "flat": [
+        ("lambda area1, area2: 1", "by its area"),
+        ("lambda area1, area2: area1 / area2", "by its area"),
+    ],
+    "subject": [
+        ("lambda tokens: tokens[-1].text", "compounds"),
+        ("lambda tokens: ' '.join(t.text for t in tokens if t.tag == 'NOUN')", "not every noun"),
+    ],
+    "composites": [
+        ("lambda p: [f'{a} and {b}' for a, b in itertools.combinations(p, 2)]", "no pair"),
+        (
+            "lambda p: [f'{a} and {b}' for a, b in zip(p, p[1:]) if a.lower() != b.lower()]",
+            "composites, you give",
+        ),
+    ],
+    "shape": [
+        (
+            "lambda texts, side, patch, heads: (len(texts), heads, "
+            "max(len(t.split()) for t in texts), (side // patch) ** 2)",
+            "axis L",
+        ),
+        (
+            "lambda texts, side, patch, heads: (len(texts), heads, "
+            "1 + max(len(t.split()) for t in texts), 1 + (side // patch) ** 2)",
+            "axis N",
+        ),
+    ],
+    "logits": [
+        ("lambda: {'s', 'probability'}", "Softmax"),
+        ("lambda: {'s', 'probability', 'map'}", "Softmax"),
+    ],
+    "one_way": [
+        (
+            "lambda logits, P: F.cross_entropy(logits, torch.arange(len(logits)))",
+            "two rows that share two texts",
+        ),
+        (
+            "lambda logits, P: -(logits.log_softmax(1) * P).sum(1)"
+            ".div(P.sum(1).clamp(min=1)).mean()",
+            "a row without any positive",
+        ),
+    ],
+    "mlm": [
+        (
+            "lambda logits, labels: F.cross_entropy(logits.flatten(0, 1), labels.flatten(), "
+            "ignore_index=-100)",
+            "nan",
+        ),
+        (
+            "lambda logits, labels: (F.cross_entropy(logits.flatten(0, 1), labels.flatten(), "
+            "reduction='sum') / max(1, (labels != -100).sum())).item()",
+            "graph",
+        ),
+    ],
+    "attention": [
+        (
+            "lambda q, k, v, keep: ((A := (q @ k.transpose(-2, -1)).masked_fill(~keep[:, None, "
+            "None, :], -torch.inf).softmax(-1)) @ v, A)",
+            "root of d",
+        ),
+        (
+            "lambda q, k, v, keep: ((A := (q @ k.transpose(-2, -1) / 4).softmax(-1) "
+            "* keep[:, None, None, :]) @ v, A)",
+            "before the softmax",
+        ),
+    ],
+    "grad_cam": [
+        (
+            "lambda A, g, mask, grid, prefix: ((A * g).mean(1) * mask[..., None]).sum(1)"
+            ".div(mask.sum(1, keepdim=True))[:, prefix:].reshape(-1, *grid)",
+            "ReLU",
+        ),
+        (
+            "lambda A, g, mask, grid, prefix: (A * g.relu()).mean((1, 2))[:, prefix:]"
+            ".reshape(-1, *grid)",
+            "no padding",
+        ),
+    ],
+    "belief": [
+        ("lambda f: 0.5", "cross-entropy is least at"),
+        ("lambda f: 1 - f / 2", "cross-entropy is least at"),
+    ],
+    "positives": [
+        (
+            "lambda texts, parses: torch.tensor([[t in p for t in texts] for p in parses])",
+            "describe",
+        ),
+        (
+            "lambda texts, parses: torch.tensor([[any(t.lower().split(' ', 1)[-1] in o.lower() "
+            "for o in p) for t in texts] for p in parses])",
+            "does not describe",
+        ),
+    ],
+    "negatives": [
+        (
+            "lambda P: (torch.multinomial((~torch.eye(*P.shape, dtype=torch.bool)).float(), 1)"
+            "[:, 0], (~P).any(1))",
+            "a false one",
+        ),
+        ("lambda P: ((~P).float().argmax(1), (~P).any(1))", "times each"),
+    ],
+    "composition": [
+        (
+            "lambda a, b, whole: (lambda n: (n(whole) - n(a.detach() + b.detach())).abs()"
+            ".sum((1, 2)).mean())(lambda M: M / (M.sum((1, 2), keepdim=True) + 1e-12))",
+            "before they are added",
+        ),
+        (
+            "lambda a, b, whole: (lambda n: (n(whole) - n(n(a.detach()) + n(b.detach()))).abs()"
+            ".sum((1, 2)).mean())(lambda M: M / M.sum((1, 2), keepdim=True))",
+            "vanished",
+        ),
+    ],
+    "backwards": [
+        ("lambda a, b, whole: hist.composition_loss(a, b, whole, torch.ones(4))", "side to detach"),
+        (
+            "lambda a, b, whole: hist.composition_loss(a, b, whole.detach(), torch.ones(4))",
+            "all three maps are detached",
+        ),
+    ],
+    "iou": [
+        (
+            "lambda heat, union, f: ((heat >= f) & union).sum() / ((heat >= f) | union).sum()",
+            "maximum",
+        ),
+        (
+            "lambda heat, union, f: ((m := heat >= f * heat.max()) & union).sum() "
+            "/ (m | union).sum()",
+            "vanished",
+        ),
+    ],
+    "recall": [
+        ("lambda S, owner: (S.argmax(0) == owner).float().mean()", "a row"),
+        ("lambda S, owner: (S.argmax(1) == torch.arange(len(S))).float().mean()", "a row"),
+    ],
+    "box": [
+        (
+            "lambda box, width, height, side: [v * side / max(width, height) for v in box]",
+            "different factors",
+        ),
+        (
+            "lambda box, w, h, side: [v * side / e for v, e in zip(box, (h, w, h, w))]",
+            "different factors",
+        ),
+    ],
+    "record": [
+        (
+            "lambda name, caption, phrase, box: json.dumps({'image': name, 'captions': [caption], "
+            "'split': 'val', 'targets': [{'phrase': phrase, 'boxes': [box]}]})",
+            "corners",
+        ),
+        (
+            "lambda name, caption, phrase, b: json.dumps({'image': name, 'captions': [caption], "
+            "'targets': [{'phrase': phrase, 'boxes': [[b[0], b[1], b[0] + b[2], b[1] + b[3]]]}]})",
+            "held out",
+        ),
+    ],
+    "interval": [
+        (
+            "lambda a, b, t=2.776: (b.mean() - a.mean(), t * np.sqrt((a.var(ddof=1) + "
+            "b.var(ddof=1)) / len(a)))",
+            "differences first",
+        ),
+        (
+            "lambda a, b, t=2.776: ((b - a).mean(), t * (b - a).std() / math.sqrt(len(a)))",
+            "n - 1",
+        ),
+    ],
 }
 
 
@@ -122,8 +222,13 @@ def text_of(cell):
 
 
 def asked(check):
-    """The name of the exercise of a check or solution cell: its last line asks check_NAME."""
-    return re.fullmatch(r"check_(\w+)\(\w+\)", check.source.strip().splitlines()[-1])[1]
+    return re.search(r"check_(\w+)\(my_\w+\)$", check.source.strip())[1]
+
+
+def solved(cell):
+    """(name, Python) of a solution, which is folded Markdown."""
+    text = re.search(r"<details>.*?```python\n(.*?)\n```", cell.source, re.S)[1]
+    return re.search(r"def solution_(\w+)\(", text)[1], text
 
 
 @pytest.fixture(scope="module")
@@ -133,31 +238,19 @@ def stored():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The notebook after a run in the short setting, and for each exercise what its check said of
-    the wrong answer."""
+    """The notebook after a run in the short setting, and what each check said of the solution and
+    of the wrong answers: {name: [said, …]}."""
     folder, notebook = tmp_path_factory.mktemp("tutorial"), nbformat.read(STORED, as_version=4)
     for name in ("hist.py", "parse.py"):
         shutil.copy(ROOT / name, folder)
-    judged = (
-        [
-            nbformat.v4.new_code_cell(
-                f"wrong_answers = {json.dumps({k: v[0] for k, v in WRONG.items()})}\nrefused = {{}}"
-            )
-        ]
-        + [
-            nbformat.v4.new_code_cell(
-                textwrap.dedent(f"""
-            try:
-                check_{name}(eval(wrong_answers["{name}"]))
-                refused["{name}"] = ""
-            except AssertionError as e:
-                refused["{name}"] = str(e)""")
-            )
-            for name in WRONG
-        ]
-        + [nbformat.v4.new_code_cell("print(json.dumps(refused))")]
-    )
-    notebook.cells += judged
+    count, lines = len(notebook.cells), ["verdicts = {}"]
+    for name, text in map(solved, cells(notebook, "solution")):
+        answers = [f"solution_{name}", *(code for code, _ in WRONG[name])]
+        lines += [text, f"verdicts[{name!r}] = []"]
+        for answer in answers:
+            lines += [f"check_{name}({answer})", f"verdicts[{name!r}].append(check_{name}.said)"]
+    notebook.cells.append(nbformat.v4.new_code_cell("\n".join(lines)))
+    notebook.cells.append(nbformat.v4.new_code_cell("print(json.dumps(verdicts))"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HIST_TUTORIAL_SHORT", "1")
         NotebookClient(
@@ -166,109 +259,82 @@ def run(tmp_path_factory):
             kernel_name="python3",
             resources={"metadata": {"path": str(folder)}},
         ).execute()
-    refused = json.loads(text_of(notebook.cells[-1]))
-    del notebook.cells[-len(judged) :]
-    return notebook, refused
+    verdicts = json.loads(text_of(notebook.cells[-1]))
+    del notebook.cells[count:]
+    return notebook, verdicts
 
 
 def test_it_runs_from_top_to_bottom_and_every_solution_is_right(run):
-    notebook, _ = run
-    assert not [
-        output
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if output.output_type == "error"
-    ]
+    notebook, verdicts = run
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type == "error"]
     assert all(text_of(cell).startswith("not done yet: ") for cell in cells(notebook, "check"))
-    for cell in cells(notebook, "solution"):
-        assert text_of(cell).startswith("right: "), cell.source
+    for name, (said, *_) in verdicts.items():
+        assert said.startswith("right: "), f"{name}: {said}"
 
 
-def test_every_exercise_refuses_a_wrong_answer_and_says_why(run):
-    notebook, refused = run
-    assert (
-        set(WRONG)
-        == {asked(cell) for cell in cells(notebook, "check")}
-        == {asked(cell) for cell in cells(notebook, "solution")}
-    )
-    for name, (_, hint) in WRONG.items():
-        assert hint in refused[name] and len(refused[name]) > 40, (
-            f"check_{name} says of a wrong answer: {refused[name]!r}"
-        )
+def test_every_exercise_refuses_two_wrong_answers_and_says_why(run):
+    notebook, verdicts = run
+    assert set(WRONG) == set(verdicts) == {asked(cell) for cell in cells(notebook, "check")}
+    for name, wrong in WRONG.items():
+        assert len(wrong) == 2
+        for (_, hint), said in zip(wrong, verdicts[name][1:], strict=True):
+            good = said.startswith("not right yet: ") and hint in said and len(said) > 50
+            assert good, f"check_{name} says of a wrong answer: {said!r}"
 
 
 def test_its_order_and_its_exercises(stored):
-    headers = re.findall(
-        r"^## (\d+)\. (.*)$",
-        "\n".join(cell.source for cell in stored.cells if cell.cell_type == "markdown"),
-        re.M,
-    )
-    assert [int(n) for n, _ in headers] == list(range(1, 11)) and all(
-        title.startswith(part) for (_, title), part in zip(headers, PARTS)
-    )
-    starts = [n for n, cell in enumerate(stored.cells) if cell.source.startswith("## ")] + [
-        len(stored.cells)
-    ]
-    for first, after in zip(
-        starts, starts[1:]
-    ):  # each part: prose, an equation, code, a picture, one or two exercises
+    prose = "\n".join(cell.source for cell in stored.cells if cell.cell_type == "markdown")
+    headers = re.findall(r"^## (\d+)\. (.*)$", prose, re.M)
+    assert [int(n) for n, _ in headers] == list(range(1, 11))
+    assert all(title.startswith(part) for (_, title), part in zip(headers, PARTS))
+    starts = [n for n, cell in enumerate(stored.cells) if cell.source.startswith("## ")]
+    for first, after in zip(starts, [*starts[1:], len(stored.cells)]):
         part = nbformat.v4.new_notebook(cells=stored.cells[first:after])
-        assert "$$" in "".join(
-            cell.source for cell in part.cells if cell.cell_type == "markdown"
-        ), part.cells[0].source[:30]
-        assert any(
-            "image/png" in output.get("data", {})
-            for cell in part.cells
-            for output in cell.get("outputs", [])
-        ), part.cells[0].source[:30]
-        assert 1 <= len(cells(part, "exercise")) <= 2, part.cells[0].source[:30]
+        text = "".join(cell.source for cell in part.cells if cell.cell_type == "markdown")
+        assert "$$" in text and 1 <= len(cells(part, "exercise")) <= 3, part.cells[0].source[:30]
+        code = "".join(cell.source for cell in part.cells if cell.cell_type == "code")
+        assert "show()" in code or "draw_pairs(" in code, part.cells[0].source[:30]
+        numbers = [n for n, cell in enumerate(part.cells) if cell.source.startswith("source(")]
+        tried = [n for n, cell in enumerate(part.cells) if cell in cells(part, "exercise")]
+        assert not numbers or min(numbers) > max(tried)  # first the exercise, then the answer
     exercises, checks, solutions = (cells(stored, tag) for tag in ("exercise", "check", "solution"))
-    assert len(exercises) == len(checks) == len(solutions) >= 12
+    assert len(exercises) == len(checks) == len(solutions) >= 16
+    assert len(cells(stored, "prediction")) >= 6
     for exercise, check, solution in zip(exercises, checks, solutions):
         n = stored.cells.index(exercise)
-        assert (
-            stored.cells[n + 1] is check
-            and stored.cells[n + 3] is solution
-            and asked(check) == asked(solution)
-        )
-        assert exercise.source.startswith(f"def my_{asked(check)}(") and exercise.source.endswith(
-            "raise NotImplementedError"
-        )
-        assert (
-            solution.metadata["jupyter"]["source_hidden"]
-            and solution.metadata["cellView"] == "form"
-            and solution.source.startswith("#@title Solution")
-        )
+        assert stored.cells[n + 1] is check and stored.cells[n + 2] is solution
+        assert asked(check) == solved(solution)[0]
+        assert exercise.source.startswith(f"def my_{asked(check)}(")
+        assert exercise.source.endswith("raise NotImplementedError")
+        assert check.metadata["jupyter"]["source_hidden"] and check.metadata["cellView"] == "form"
 
 
-def test_it_is_stored_with_the_outputs_of_a_full_run(stored):
+def test_it_reads_well(stored):
     nbformat.validate(stored)
-    assert STORED.stat().st_size <= 4 * 2**20 and stored.metadata.kernelspec.name == "python3"
+    assert STORED.stat().st_size <= 1.5 * 2**20 and stored.metadata.kernelspec.name == "python3"
     code = [cell for cell in stored.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    outputs = [output for cell in code for output in cell.outputs]
-    assert not [
-        output
-        for output in outputs
-        if output.output_type == "error" or output.get("name") == "stderr"
-    ]
-    # A machine that others use too is slow by the clock; a run in the short setting says so.
-    spent = re.fullmatch(
-        r"[\d.]+ minutes by the clock, in which this process had a core for ([\d.]+); "
-        r"threads: (\d+)",
-        text_of(code[-1]).strip(),
-    )
-    assert spent and float(spent[1]) / int(spent[2]) <= 15
-    plain = "".join(
-        output.get("text", "")
-        + str({k: v for k, v in output.get("data", {}).items() if k != "image/png"})
-        for output in outputs
-    )
-    assert not re.search(r"(?<![\w.])/(?:home|root|tmp|work|opt|usr|Users)/|\r|\x1b", plain)
+    long = [line for cell in code for line in cell.source.split("\n") if len(line) > 90]
+    assert not long
     sources = "".join(cell.source for cell in stored.cells)
     assert not re.search(r"TODO|FIXME|XXX|/home/|/tmp/|\.\./shared", sources)
-    assert all(text_of(cell).startswith("not done yet: ") for cell in cells(stored, "check"))
-    assert all(text_of(cell).startswith("right: ") for cell in cells(stored, "solution"))
+
+
+def test_its_outputs_are_those_of_a_run(stored):
+    """Where it is stored with outputs."""
+    code = [cell for cell in stored.cells if cell.cell_type == "code"]
+    outputs = [output for cell in code for output in cell.outputs]
+    if not outputs:
+        pytest.skip("stored without outputs")
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    for output in outputs:
+        assert output.output_type != "error" and output.get("name") != "stderr"
+    assert "the short setting" not in text_of(code[-1])
+    plain = ""
+    for output in outputs:
+        kinds = {k: v for k, v in output.get("data", {}).items() if not k.startswith("image/")}
+        plain += output.get("text", "") + str(kinds)
+    assert not re.search(r"(?<![\w.])/(?:home|root|tmp|work|opt|usr|Users)/|\r|\x1b", plain)
 
 
 def test_its_first_cell_fetches_what_is_missing(stored, tmp_path):
