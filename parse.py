@@ -365,6 +365,7 @@ RULES = (
     (ORANGE, NOUN, ANY, NOUN),  # a street *light*
     (ORANGE, ANY, RIDING, ADJ, lambda at: at.word not in LEXICON and at.right2 in THINGS),
     (ORANGE, ANY, RIDES + RIDING + VERB, NOUN),  # an *orange* sits
+    (ORANGE, ANY, RIGHT, NOUN, lambda at: at.right2 in LINK),  # a *square* left of
     (ORANGE, ANY, NOUNISH, ADJ),  # an *orange* bus
     (ORANGE, BE + DEGREE, ANY, ADJ),  # is *orange*
     (NOUN, ADJ, THINGS, ADJ, lambda at: at.word in FORMS),  # a long *sleeve* shirt

@@ -215,7 +215,6 @@ def test_parses_are_read_as_they_are_written(tmp_path):
         "[]",
         '{"caption": "a dog"}',
         '{"caption": "a dog", "phrases": [{"text": "a cat", "subject": "cat"}]}',
-        "",
     ):
         path.write_text('{"caption": "a", "phrases": []}\n' + bad + "\n")
         with pytest.raises(ValueError, match="p.jsonl:2: "):
