@@ -971,9 +971,10 @@ def rerank(model, records, ids, similarity, options):
     score = torch.full_like(similarity, -torch.inf)
     for row, record in enumerate(records):
         image = read_image(record["image"], options.image_size).to(options.device)
+        image_kv = look_at(model, image, 512)
         for texts in (best[0] | best[1])[row].nonzero()[:, 0].split(512):
             T, mask, _ = model.encode_text(ids[texts])
-            logits, _ = model.match(T, mask, look_at(model, image, len(texts)))
+            logits, _ = model.match(T, mask, [kv[:, : len(texts)] for kv in image_kv])
             score[row, texts] = logits.softmax(-1)[:, 1]
     return [score.masked_fill(~chosen, -torch.inf) for chosen in best]
 
@@ -1149,7 +1150,7 @@ def mirrored(right):
     return np.concatenate([right, right[::-1] * (-1, 1)])
 
 
-HALVES = {  # the the right half of what its mirror image completes
+HALVES = {  # the right half of what its mirror image completes
     "square": "42 -42 42 42",
     "heart": "0 -20 16 -38 34 -38 46 -18 42 0 0 42",
     "cross": "15 -46 15 -15 46 -15 46 15 15 15 15 46",
@@ -1750,7 +1751,7 @@ ONCE = ("resume", "eval_only", "ground", "device")  # asked of one command, not 
 OF_MODEL = ("base", "vit", "image_size", "width", "text_layers", "fusion_layers", "cam_layer")
 CHECKPOINTS = ("base.pt", "baseline.pt", "hist.pt")
 # What a resumed run may change, beside more --steps; it would do the rest by halves, or not at all.
-CHANGEABLE = ("out", "lr", "accumulate", "save_every", "workers", "eval_images", "max_bad")
+CHANGEABLE = ("lr", "accumulate", "save_every", "workers", "eval_images", "max_bad")
 
 
 def table(results):
@@ -1831,8 +1832,8 @@ def flag(name):
 
 def check_change(name, value, old):
     """UserError where a resumed run cannot change an option from its old value."""
-    good = value == old or name in CHANGEABLE or name == "steps" and value > old
-    may = f"raise --steps, and change {', '.join(map(flag, CHANGEABLE[1:]))}"
+    good = value == old or name in ("out", *CHANGEABLE) or name == "steps" and value > old
+    may = f"raise --steps, and change {', '.join(map(flag, CHANGEABLE))}"
     insist(good, f"{flag(name)} {value}: this run has {old}; with --resume one may {may}")
 
 
@@ -1873,7 +1874,8 @@ def only_writer(out):
     said = f"another run writes into {out}, process {holder}; if it does not, delete {lock}"
     with suppress(ProcessLookupError, PermissionError):
         if holder not in ("", str(os.getpid())):
-            os.name == "nt" or os.kill(int(holder), 0)  # on Windows that would end it
+            if os.name != "nt":  # there it would end the process that it asks after
+                os.kill(int(holder), 0)
             raise UserError(said)
     out.mkdir(parents=True, exist_ok=True)
     lock.unlink(missing_ok=True)
@@ -1891,8 +1893,11 @@ def prepare(options):
     """(Samples to train on, held-out records) of a run, its folder made and its options written.
     Checkpoints and options there stay as they are until all that was typed is known to fit."""
     out, fresh = Path(options.out), RANK == 0 and not options.resume
-    tokenizer = read_checkpoint(options.init, options)[1] if options.init else None
-    MODELS[options.base](options, tokenizer or Tokenizer(Tokenizer.SPECIAL))  # stops wrong options
+    tokenizer = None
+    if options.init:  # options that build no model stop here, either way
+        tokenizer = read_checkpoint(options.init, options)[1]
+    else:
+        MODELS[options.base](options, Tokenizer(Tokenizer.SPECIAL))
     grown = map(out.joinpath, ("vit.pt", *CHECKPOINTS, "metrics.jsonl"))
     old = [path for path in grown if fresh and path.exists()]
     data = (saved_options(out) or {}).get("data", options.data)

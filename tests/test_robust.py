@@ -186,6 +186,16 @@ def test_a_batch_that_a_worker_loses_ends_the_run_with_a_sentence(
     assert time.time() - began < 40
 
 
+def said_of(error, monkeypatch, capsys):
+    """What a run says whose first step ends in an error."""
+
+    def failing(*arguments):
+        raise error
+
+    monkeypatch.setattr(hist, "hist_losses", failing)
+    return refused(capsys, *SMALL, "--image-size", "24", "--eval-images", "2", "--out", "run")
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -196,11 +206,7 @@ def test_a_batch_that_a_worker_loses_ends_the_run_with_a_sentence(
     ],
 )
 def test_too_little_shared_memory_says_what_to_lower(here, monkeypatch, capsys, error):
-    def full(*arguments):
-        raise error
-
-    monkeypatch.setattr(hist, "hist_losses", full)
-    said = refused(capsys, *SMALL, "--image-size", "24", "--eval-images", "2", "--out", "run")
+    said = said_of(error, monkeypatch, capsys)
     assert "--workers" in said and "shared memory" in said and "out of memory" not in said
 
 
@@ -214,11 +220,7 @@ def test_too_little_shared_memory_says_what_to_lower(here, monkeypatch, capsys, 
     ],
 )
 def test_out_of_memory_says_what_to_lower(here, monkeypatch, capsys, error):
-    def full(*arguments):
-        raise error
-
-    monkeypatch.setattr(hist, "hist_losses", full)
-    said = refused(capsys, *SMALL, "--image-size", "24", "--eval-images", "2", "--out", "run")
+    said = said_of(error, monkeypatch, capsys)
     assert "out of memory" in said and "--batch-size" in said and "--accumulate" in said
 
 

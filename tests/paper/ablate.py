@@ -189,10 +189,11 @@ def draw_balance(records, options):
 def seed_options(arguments, out, seed):
     """The Options of a seed: those that it has begun with, if it has."""
     arguments = [*arguments, "--out", str(out), "--seed", str(seed)]
-    if not (out / "options.json").exists():
+    begun = hist.saved_options(out)
+    if begun is None:
         return hist.parse_options(arguments)
     options = hist.parse_options([*arguments, "--resume"])
-    for name, value in json.loads((out / "options.json").read_text()).items():
+    for name, value in begun.items():
         same = name == "out" or getattr(options, name) == value
         insist(same, f"{out} has begun with --{name} {value}: say another --out")
     return options
