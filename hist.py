@@ -1192,7 +1192,7 @@ def place_things(rng, side, wanted, unseen):
         colour, shape = rng.choice(KINDS)
         if things and rng.random() < 0.5:
             colour, shape = rng.choice([(things[0].colour, shape), (colour, things[0].shape)])
-        size = int(side * 0.15 * 2.5 ** rng.random())
+        size = int(side * 0.2 * 2 ** rng.random())
         x, y = rng.randint(0, side - size), rng.randint(0, side - size)
         square = taken[max(0, y - 1) : y + size + 1, max(0, x - 1) : x + size + 1]
         if (colour, shape) not in used and not square.any():
@@ -1257,8 +1257,8 @@ def describe(rng, things, side):
     said = []
     for thing in listed:
         words = [thing.colour, thing.shape]
-        if rng.random() < 0.4 and not 0.2 < thing.size / side < 0.28:
-            words.insert(0, "small" if thing.size < 0.2 * side else "large")
+        if rng.random() < 0.4 and not 0.25 < thing.size / side < 0.32:
+            words.insert(0, "small" if thing.size < 0.25 * side else "large")
         said.append((with_article(" ".join(words)), things.index(thing)))
     where = relation(*listed[:2], rng) if len(listed) > 1 else ""
     names = [phrase for phrase, _ in said]
@@ -1359,8 +1359,9 @@ def name_shapes(model, options):
 
 
 def scenes_vit(options):
-    """Four convolutions, 6 pixels to a token, and one ViT layer: learns shapes where a linear
-    patch layer learns colours only (a stem as in arXiv 2106.14881, with batch norm)."""
+    """Four convolutions, 6 pixels to a token that sees 26, and one ViT layer: learns shapes where a
+    linear patch layer learns colours only (a stem as in arXiv 2106.14881, with batch norm). What
+    sees farther, two 3x3 convolutions at the end, places a shape beside where it is."""
 
     def convolution(channels_in, channels_out, kernel, stride):
         padding = (kernel - stride) // 2  # centres each token on its patch, or maps are shifted
@@ -1368,7 +1369,7 @@ def scenes_vit(options):
         return [conv, nn.BatchNorm2d(channels_out), nn.ReLU()]
 
     w = options.width
-    sizes = [(3, w // 2, 6, 2), (w // 2, w, 5, 3), (w, w, 3, 1), (w, w, 3, 1)]
+    sizes = [(3, w // 2, 6, 2), (w // 2, w, 5, 3), (w, w, 3, 1), (w, w, 1, 1)]
     stem = nn.Sequential(*itertools.chain(*itertools.starmap(convolution, sizes)))
     embed = partial(timm.layers.HybridEmbed, backbone=stem)
     # With a [CLS] matching reads the scene off it, and maps point nowhere.
