@@ -1,6 +1,9 @@
 """tutorial.ipynb: runs from top to bottom, its checks take what is right and refuse what is wrong,
 and it is stored as a reader wants it."""
 
+import ast
+import base64
+import io
 import json
 import os
 import re
@@ -12,6 +15,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "tutorial.ipynb"
@@ -221,6 +225,14 @@ def text_of(cell):
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
+def folded(cell):
+    return cell.metadata.get("jupyter", {}).get("source_hidden") and "cellView" in cell.metadata
+
+
+def is_statement(node):
+    return isinstance(node, ast.stmt)
+
+
 def asked(check):
     return re.search(r"check_(\w+)\(my_\w+\)$", check.source.strip())[1]
 
@@ -260,7 +272,7 @@ def run(tmp_path_factory):
             resources={"metadata": {"path": str(folder)}},
         ).execute()
     verdicts = json.loads(text_of(notebook.cells[-1]))
-    del notebook.cells[count:]
+    del notebook.cells[count + 1 :]
     return notebook, verdicts
 
 
@@ -271,6 +283,21 @@ def test_it_runs_from_top_to_bottom_and_every_solution_is_right(run):
     assert all(text_of(cell).startswith("not done yet: ") for cell in cells(notebook, "check"))
     for name, (said, *_) in verdicts.items():
         assert said.startswith("right: "), f"{name}: {said}"
+
+
+def test_it_reads_in_a_light_and_in_a_dark_theme(run):
+    """Pictures are opaque, and white at the corner; coloured text has a ground of its own."""
+    notebook, _ = run
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    data = [output.data for output in outputs if "data" in output]
+    pictures = [d[kind] for d in data for kind in ("image/png", "image/gif") if kind in d]
+    assert len(pictures) > 25
+    for encoded in pictures:
+        picture = Image.open(io.BytesIO(base64.b64decode(encoded)))
+        assert "transparency" not in picture.info and picture.mode in ("P", "RGB", "L")
+        assert min(picture.convert("RGB").getpixel((0, 0))) > 245  # of few colours: nearly white
+    said = [d["text/html"] for d in data if "text/html" in d]  # what the checks say in red
+    assert said and all("color:" in text and "background:" in text for text in said)
 
 
 def test_every_exercise_refuses_two_wrong_answers_and_says_why(run):
@@ -300,14 +327,18 @@ def test_its_order_and_its_exercises(stored):
         assert not numbers or min(numbers) > max(tried)  # first the exercise, then the answer
     exercises, checks, solutions = (cells(stored, tag) for tag in ("exercise", "check", "solution"))
     assert len(exercises) == len(checks) == len(solutions) >= 16
-    assert len(cells(stored, "prediction")) >= 6
+    for prediction in cells(stored, "prediction"):  # then a cell that shows what happened
+        after = stored.cells[stored.cells.index(prediction) + 1 :]
+        shown = next(n for n, cell in enumerate(after) if "predicted(" in cell.source)
+        assert not any("prediction" in cell.metadata.get("tags", []) for cell in after[:shown])
+    assert len(cells(stored, "prediction")) >= 11
     for exercise, check, solution in zip(exercises, checks, solutions):
         n = stored.cells.index(exercise)
         assert stored.cells[n + 1] is check and stored.cells[n + 2] is solution
         assert asked(check) == solved(solution)[0]
         assert exercise.source.startswith(f"def my_{asked(check)}(")
         assert exercise.source.endswith("raise NotImplementedError")
-        assert check.metadata["jupyter"]["source_hidden"] and check.metadata["cellView"] == "form"
+        assert folded(check)
 
 
 def test_it_reads_well(stored):
@@ -316,6 +347,11 @@ def test_it_reads_well(stored):
     code = [cell for cell in stored.cells if cell.cell_type == "code"]
     long = [line for cell in code for line in cell.source.split("\n") if len(line) > 90]
     assert not long
+    for cell in code:
+        starts = [node.lineno for node in ast.walk(ast.parse(cell.source)) if is_statement(node)]
+        assert len(starts) == len(set(starts)), f"two statements in a line of\n{cell.source}"
+        assert folded(cell) or "plt." not in cell.source, f"drawing unfolded:\n{cell.source}"
+        assert not folded(cell) or cell.source.startswith("# @title ")
     sources = "".join(cell.source for cell in stored.cells)
     assert not re.search(r"TODO|FIXME|XXX|/home/|/tmp/|\.\./shared", sources)
 
