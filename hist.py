@@ -694,13 +694,7 @@ COMPOSITION_RAMP = 0.1
 
 def gather(x):
     """x of all processes, one after the other, with gradients; x itself where there is one."""
-    if WORLD == 1:
-        return x
-    if x.is_floating_point():
-        return torch.cat(torch.distributed.nn.all_gather(x))
-    everyone = [torch.empty_like(x) for _ in range(WORLD)]
-    torch.distributed.all_gather(everyone, x)
-    return torch.cat(everyone)
+    return x if WORLD == 1 else torch.cat(torch.distributed.nn.all_gather(x))
 
 
 def ramp(done, start, length):
@@ -745,10 +739,8 @@ def train_step(model, teacher, batches, optimizer, options, levels, hardness, co
     values, weights = Counter(), loss_weights(levels, composition)
     levels = [level for level in levels if weights.get(level, 1) > 0]
     optimizer.zero_grad()
-    for part in range(options.accumulate):
+    for _ in range(options.accumulate):
         batch = to_device(next(batches), options.device)
-        if WORLD > 1:  # gradients are averaged over the processes once a step
-            model.require_backward_grad_sync = part == options.accumulate - 1
         with torch.autocast(options.device, torch.bfloat16, enabled=options.device == "cuda"):
             losses, figures = model(batch, levels, hardness, options.cam_layer, teacher)
         loss = sum(weights.get(name, 1) * value for name, value in losses.items())
@@ -940,12 +932,12 @@ def measure_maps(model, tokenizer, records, options, answers):
         for (kinds, _, named), heat in zip(found, maps):
             boxes = np.logical_or.reduce([target.boxes for target in named])
             mask = np.logical_or.reduce([target.mask for target in named])
-            objects = {target.object for target in named}
+            chance = len({t.object for t in named}) / len({t.object for t in targets})
             for kind in kinds:
                 name = f"pointing_{kind}"
                 values[name].append(pointing_game(heat, boxes))
                 values[f"{name}_in_mask"].append(pointing_game(heat, mask))
-                values[f"{name}_chance"].append(len(objects) / len({t.object for t in targets}))
+                values[f"{name}_chance"].append(chance)
                 values[f"{name}_chance_pixel"].append(boxes.mean())
             if not kinds:
                 shares = balance(heat, named[0].mask, named[1].mask)
@@ -1034,10 +1026,9 @@ def evaluate(model, tokenizer, records, options, answers=()):
     would get; "…_chance_pixel": any pixel. answers: the choices of questions that have none.
     """
     model.eval()
-    splits, results, pairs = defaultdict(list), {}, {}
-    for record in records:
-        splits[record["split"]].append(record)
-    for split, some in splits.items():
+    results, pairs = {}, {}
+    for split in dict.fromkeys(record["split"] for record in records):
+        some = [record for record in records if record["split"] == split]
         values, pairs[split] = measure_maps(model, tokenizer, some, options, answers)
         results[split] = {name: float(np.mean(row)) for name, row in values.items()}
         results[split] |= retrieval(model, tokenizer, some, options)
@@ -1100,10 +1091,7 @@ def draw_grounding(models, tokenizer, records, options, path):
     for line, row in zip(axes, rows):
         for ax, drawn in zip(line, row):
             draw_map(ax, *drawn)
-    figure.suptitle(
-        "Grad-CAM, from nothing (dark) to the map's maximum (bright; a cross: its highest point);\n"
-        "the target has a white line, the probability that the text matches stands in brackets"
-    )
+    figure.suptitle("Grad-CAM; a cross: its maximum; a line: the target; in brackets: P(a match)")
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
@@ -1323,20 +1311,19 @@ def name_shapes(model, options):
         head = nn.Linear(model.vit.embed_dim, len(shapes)).to(options.device)
         weights = [*model.vit.parameters(), *head.parameters()]
         optimizer = torch.optim.AdamW(weights, weight_decay=WEIGHT_DECAY, betas=BETAS)
-        steps = options.vit_steps
-        bar = tqdm(range(steps), "vit", unit="step", disable=RANK > 0)
+        bar = tqdm(range(options.vit_steps), "vit", unit="step", disable=RANK > 0)
         for step in bar:
-            images, named = [], []
+            scenes = []
             for number in range(step * options.batch_size, (step + 1) * options.batch_size):
                 rng = random.Random(f"{options.seed} one {number}")
-                scene = draw_scene(rng, options.image_size, 1, False)
-                images.append(read_image(scene["image"], options.image_size))
-                named.append(shapes.index(scene["targets"][0]["phrase"].split()[-1]))
-            named = torch.tensor(named, device=options.device)
+                scenes.append(draw_scene(rng, options.image_size, 1, False))
+            names = [scene["targets"][0]["phrase"].split()[-1] for scene in scenes]
+            named = torch.tensor([shapes.index(name) for name in names], device=options.device)
+            images = [read_image(scene["image"], options.image_size) for scene in scenes]
             _, V = model.encode_image(torch.stack(images).to(options.device))
             logits = head(model.vit.forward_head(V, pre_logits=True))
             loss = F.cross_entropy(logits, named)
-            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, options.lr)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, options.vit_steps, options.lr)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
