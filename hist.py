@@ -782,14 +782,11 @@ def train(name, levels, samples, options, steps):
                 group["lr"] = learning_rate(step, steps, peak)
             # Seeded anew, a resumed run draws the same negatives.
             torch.manual_seed((options.seed << 32) + (base_steps + step) * WORLD + RANK)
-            values = train_step(
-                wrapped, teacher, batches, optimizer, options, levels, hardness, composition
-            )
-            insist(
-                all(map(math.isfinite, values.values())),
-                f"step {step + 1} of {name} is not finite: {dict(values)}; the last checkpoint is "
-                "kept, and --resume with a lower --lr may go on from it",
-            )
+            how = options, levels, hardness, composition
+            values = train_step(wrapped, teacher, batches, optimizer, *how)
+            bad = f"step {step + 1} of {name} is not finite: {dict(values)}; the last checkpoint is"
+            finite = all(map(math.isfinite, values.values()))
+            insist(finite, f"{bad} kept, --resume with a lower --lr may go on from it")
             row = {"run": name, "step": step + 1} | {k: round(v, 5) for k, v in values.items()}
             metrics.write(json.dumps(row) + "\n")
             bar.set_postfix_str(", ".join(f"{k} {v:.2f}" for k, v in values.items()), False)
@@ -1305,32 +1302,29 @@ class Scenes:
 
 def name_shapes(model, options):
     """What ImageNet is to ALBEF's image encoder: the model's learns to name the shape of the one
-    object of a scene, and the head it names with is thrown away. Kept in OUT/vit.pt."""
-    path, shapes = Path(options.out) / "vit.pt", list(SHAPES)
-    if not path.exists():
-        head = nn.Linear(model.vit.embed_dim, len(shapes)).to(options.device)
-        weights = [*model.vit.parameters(), *head.parameters()]
-        optimizer = torch.optim.AdamW(weights, weight_decay=WEIGHT_DECAY, betas=BETAS)
-        bar = tqdm(range(options.vit_steps), "vit", unit="step", disable=RANK > 0)
-        for step in bar:
-            scenes = []
-            for number in range(step * options.batch_size, (step + 1) * options.batch_size):
-                rng = random.Random(f"{options.seed} one {number}")
-                scenes.append(draw_scene(rng, options.image_size, 1, False))
-            names = [scene["targets"][0]["phrase"].split()[-1] for scene in scenes]
-            named = torch.tensor([shapes.index(name) for name in names], device=options.device)
-            images = [read_image(scene["image"], options.image_size) for scene in scenes]
-            _, V = model.encode_image(torch.stack(images).to(options.device))
-            logits = head(model.vit.forward_head(V, pre_logits=True))
-            loss = F.cross_entropy(logits, named)
-            optimizer.param_groups[0]["lr"] = learning_rate(step, options.vit_steps, options.lr)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            right = (logits.argmax(1) == named).float().mean()
-            bar.set_postfix_str(f"right {right:.2f}", False)
-        write_whole(path, model.vit.state_dict())
-    model.vit.load_state_dict(torch.load(path, map_location=options.device, weights_only=True))
+    object of a scene, and the head it names with is thrown away."""
+    shapes = list(SHAPES)
+    head = nn.Linear(model.vit.embed_dim, len(shapes)).to(options.device)
+    weights = [*model.vit.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(weights, weight_decay=WEIGHT_DECAY, betas=BETAS)
+    bar = tqdm(range(options.vit_steps), "vit", unit="step", disable=RANK > 0)
+    for step in bar:
+        scenes = []
+        for number in range(step * options.batch_size, (step + 1) * options.batch_size):
+            rng = random.Random(f"{options.seed} one {number}")
+            scenes.append(draw_scene(rng, options.image_size, 1, False))
+        names = [scene["targets"][0]["phrase"].split()[-1] for scene in scenes]
+        named = torch.tensor([shapes.index(name) for name in names], device=options.device)
+        images = [read_image(scene["image"], options.image_size) for scene in scenes]
+        _, V = model.encode_image(torch.stack(images).to(options.device))
+        logits = head(model.vit.forward_head(V, pre_logits=True))
+        loss = F.cross_entropy(logits, named)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, options.vit_steps, options.lr)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        right = (logits.argmax(1) == named).float().mean()
+        bar.set_postfix_str(f"right {right:.2f}", False)
 
 
 def scenes_vit(options):
@@ -1357,13 +1351,9 @@ def make_vit(options):
     if options.vit == "scenes":
         return scenes_vit(options)
     how = dict(pretrained=options.pretrained, num_classes=0, img_size=options.image_size)
-    try:
+    with blaming(f"--vit {options.vit} {how}: no ViT of timm's, or no network"):
         vit = timm.create_model(options.vit, **how)
         patch = vit.patch_embed.patch_size[0]
-    except Exception as error:  # timm's, the hub's or the network's
-        raise UserError(
-            f"--vit {options.vit} {how}: no ViT of timm's, or no network: {error}"
-        ) from error
     insist(options.image_size % patch == 0, f"--image-size: take a multiple of the patch, {patch}")
     return vit
 
@@ -1414,13 +1404,9 @@ def blaming(what, skipped=None):
 
 def read_json(path, *names):
     """The lists of these names in a JSON file; UserError with the file, the line and the fault."""
-    text = "\n".join(line for _, line in parse.read_lines(path))
-    try:
-        data = json.loads(text)
+    with blaming(f"{path}: no JSON object with {names}"):
+        data = json.loads("\n".join(line for _, line in parse.read_lines(path)))
         return [list(data[name]) for name in names]
-    except (KeyError, TypeError, ValueError) as error:
-        line = getattr(error, "lineno", 1)
-        raise UserError(f"{path}, line {line}: no JSON object with {names}: {error!r}") from error
 
 
 def cut_box(box, size):
@@ -1466,22 +1452,22 @@ def add_instances(records, path, skipped):
     of one whose mask cannot be used the box is the mask."""
     annotations, categories = read_json(path, "annotations", "categories")
     names = {category["id"]: category["name"] for category in categories}
-    boxes, parts = defaultdict(list), defaultdict(list)  # of (image id, category)
+    targets = {}  # of (image id, category)
     for number, entry in enumerate(annotations):
         where = f"{path.name}, entry {number}"
         with blaming(("annotation", where), skipped):
-            group = entry["image_id"], names[entry["category_id"]]
-            (x, y, width, height), size = entry["bbox"], records[group[0]]["size"]
+            record, phrase = records[entry["image_id"]], names[entry["category_id"]]
+            (x, y, width, height), size = entry["bbox"], record["size"]
             x0, y0, x1, y1 = box = cut_box([x, y, x + width, y + height], size)
             part = [[x0, y0, x1, y0, x1, y1, x0, y1]]
             with blaming(("mask", where), skipped):
                 decode_mask({"size": size, "parts": [entry["segmentation"]]})
                 part = entry["segmentation"]
-            boxes[group].append(box)
-            parts[group].append(part)
-    for (image_id, phrase), found in boxes.items():
-        mask = {"size": records[image_id]["size"], "parts": parts[image_id, phrase]}
-        target = {"phrase": phrase, "boxes": found, "mask": mask}
+            empty = {"phrase": phrase, "boxes": [], "mask": {"size": size, "parts": []}}
+            target = targets.setdefault((entry["image_id"], phrase), empty)
+            target["boxes"].append(box)
+            target["mask"]["parts"].append(part)
+    for (image_id, _), target in targets.items():
         records[image_id]["targets"].append(target)
 
 
@@ -1629,15 +1615,15 @@ def write_whole(path, data):
     """Write text, or a checkpoint, to a temporary file that then takes the name: whatever has the
     name is whole. UserError where that fails, as on a full disk."""
     part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data.encode()) if isinstance(data, str) else torch.save(data, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written, the one before is kept: {error}") from error
+    with blaming(f"{path} could not be written, the one before is kept"):
+        try:
+            with open(part, "wb") as file:
+                file.write(data.encode()) if isinstance(data, str) else torch.save(data, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def read_checkpoint(path, options):
@@ -1854,7 +1840,7 @@ def prepare(options):
         tokenizer = read_checkpoint(options.init, options)[1]
     else:
         MODELS[options.base](options, Tokenizer(Tokenizer.SPECIAL))
-    grown = map(out.joinpath, ("vit.pt", *CHECKPOINTS, "metrics.jsonl"))
+    grown = map(out.joinpath, (*CHECKPOINTS, "metrics.jsonl"))
     old = [path for path in grown if fresh and path.exists()]
     data = (saved_options(out) or {}).get("data", options.data)
     same = not old or os.path.abspath(data) == os.path.abspath(options.data)
@@ -1930,8 +1916,6 @@ def report(options, records, held_out, skipped):
         print(table({name: result[split] for name, result in results.items()}) + "\n")
     if skipped.count():
         print(f"{skipped.count()} images could not be used; {skipped.path} lists them")
-    if not any(record["targets"] for record in held_out):
-        print("these records have no targets: there is nothing to point at, retrieval is measured")
     if len(found) == 1:
         results = {name: result[split] for name, result in results.items()}
     write_whole(out / "results.json", json.dumps(results, indent=1))
