@@ -529,8 +529,7 @@ def grad_cam(A, score, mask, grid, prefix=1, create_graph=False):
     score: s, the match logit (n,). mask: (n, L), True for tokens that are not padding. grid:
     (height, width) in patches. create_graph: to differentiate M again, as composition does.
     Returns M (n, height, width), >= 0. This is ALBEF's variant (its section 6) of Selvaraju et
-    al. (arXiv 1610.02391), who pool the gradient over space and rectify the sum.
-    """
+    al. (arXiv 1610.02391), who pool the gradient over space and rectify the sum."""
     (gradient,) = torch.autograd.grad(score.sum(), A, retain_graph=True, create_graph=create_graph)
     cam = (A * gradient.relu()).mean(1)  # (n, L, prefix + patches)
     cam = (cam * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
@@ -584,8 +583,7 @@ def draw_negatives(similarity, allowed, hardness):
 
 
 def itm_loss(logits, labels, weight):
-    """Image-text matching: mean cross-entropy, by weight (n,), of match logits (n, 2) with labels
-    (n,), 1 for a pair that belongs together."""
+    """Matching: mean cross-entropy, by weight (n,), of logits (n, 2) with labels (n,), 1: a match."""
     loss = F.cross_entropy(logits, labels, reduction="none")
     return (loss * weight).sum() / weight.sum().clamp(min=1)
 
@@ -717,8 +715,7 @@ def make_teacher(model):
 
 
 def loader(samples, options, first, last):
-    """Batches (with --accumulate, parts of them) of positions first to last of the run; each
-    process has its own slice of a step's images."""
+    """Batches of positions first to last of the run; each process has its part of each step."""
     size = options.batch_size // (options.accumulate * WORLD)
     positions = [p for p in range(first, last) if p // size % WORLD == RANK]
     how = dict(num_workers=options.workers, pin_memory=options.device == "cuda")
@@ -757,8 +754,7 @@ def train(name, levels, samples, options, steps):
     """Train one model with these levels, and return it and the seconds that took.
     "base" begins from scratch. With --base-steps all others go on from its weights, with the images
     after its own: they start alike and see the same images and captions in the same order. Writes
-    OUT/name.pt and a line a step into OUT/metrics.jsonl.
-    """
+    OUT/name.pt and a line a step into OUT/metrics.jsonl."""
     path = Path(options.out) / f"{name}.pt"
     base_steps = 0 if name == "base" else options.base_steps
     peak = options.lr * (FINE_TUNING_RATE if base_steps else 1)
@@ -817,21 +813,18 @@ Pair = namedtuple("Pair", "record balance iou area")
 
 
 def pointing_game(heat, region):
-    """Whether the highest point of a map (height, width) lies in a region (height, width) of truth
-    (Zhang et al., arXiv 1608.00507)."""
+    """Whether a map's highest point lies in a region, both (height, width) (arXiv 1608.00507)."""
     return bool(region.reshape(-1)[heat.argmax()])
 
 
 def multi_object_iou(heat, union, thresholds=THRESHOLDS):
-    """IoU of a map (height, width), cut at fractions of its maximum, with the union of the
-    targets' masks: (thresholds,)."""
+    """IoU (thresholds,) of a map, cut at fractions of its maximum, with the union of masks."""
     marked = heat >= thresholds[:, None, None] * max(heat.max(), 1e-12)
     return (marked & union).sum((1, 2)) / (marked | union).sum((1, 2)).clip(1)
 
 
 def balance(heat, mask1, mask2):
-    """The smaller of two targets' shares of a map over the larger: 1 when both get as much, 0 when
-    one gets nothing."""
+    """The smaller of two targets' shares of a map over the larger: 1 when both get as much."""
     small, large = sorted((heat[mask1].sum(), heat[mask2].sum()))
     return small / max(large, 1e-12)
 
@@ -1018,10 +1011,8 @@ def pair_measures(pairs, val_pairs):
 
 def evaluate(model, tokenizer, records, options, answers=()):
     """Every measure on held-out records: ({split: {measure: 0 to 1}}, [Pair, …]).
-
     "…_chance": what pointing at a random object of the image, a random image, a random choice
-    would get; "…_chance_pixel": any pixel. answers: the choices of questions that have none.
-    """
+    would get; "…_chance_pixel": any pixel. answers: the choices of questions that have none."""
     model.eval()
     results, pairs = {}, {}
     for split in dict.fromkeys(record["split"] for record in records):
@@ -1038,8 +1029,7 @@ def evaluate(model, tokenizer, records, options, answers=()):
 
 
 def common_answers(records, tokenizer):
-    """The choices of questions that have none: the most frequent answers to those of the training
-    records that are a word of the vocabulary."""
+    """The training records' most frequent answers that are one word of the vocabulary."""
     said = Counter()
     for record in records if isinstance(records, list) else []:
         for question in record.get("questions", []):
@@ -1093,8 +1083,7 @@ def draw_grounding(models, tokenizer, records, options, path):
 
 
 def draw_curves(path):
-    """curves.png beside metrics.jsonl: its losses against the step, a line a training, each point
-    the mean of a fiftieth."""
+    """curves.png: each loss against the step, a line a training, its points means of fiftieths."""
     points = defaultdict(lambda: defaultdict(list))  # loss -> training -> (step, value)
     for row in map(json.loads, path.read_text().splitlines()):
         run, step = row.pop("run"), row.pop("step")
@@ -1263,8 +1252,7 @@ def ask(rng, things):
 
 
 def draw_scene(rng, side, wanted, unseen):
-    """One scene as a record: its picture (side, side, 3) uint8 on a light, grainy background. See
-    `place_things`; rng: random.Random."""
+    """A scene as a record, its picture (side, side, 3) uint8; see `place_things`."""
     things, targets = place_things(rng, side, wanted, unseen), []
     grain = np.frombuffer(rng.randbytes(side * side), dtype=np.uint8).reshape(side, side, 1)
     image = np.float32([rng.uniform(190, 240) for _ in "rgb"]) + grain * np.float32(0.05)
@@ -1418,8 +1406,7 @@ def cut_box(box, size):
 
 
 def read_coco(root, split, skipped):
-    """Records of COCO 2017's split: "train" with captions, "val" with targets too. Boxes, masks and
-    pixels as stored, not as EXIF would turn them."""
+    """Records of COCO 2017's split, in pixels as stored; of "val" with boxes and masks."""
     folder, notes = root / f"{split}2017", root / "annotations"
     told, instances = (notes / f"{kind}_{split}2017.json" for kind in ("captions", "instances"))
     how = f"python -m tests.paper.convert coco {root} fetches it (20 GB), or see cocodataset.org"
@@ -1570,8 +1557,7 @@ def load_pixels(image, upright=False):
 
 
 def read_image(image, side, crop=None):
-    """A path or an array as a tensor (3, side, side) uint8, squeezed to the square; crop: an rng,
-    for a random part of it."""
+    """A path or an array as (3, side, side) uint8, squeezed; crop: an rng, for a random part."""
     pixels = torch.from_numpy(np.ascontiguousarray(load_pixels(image))).permute(2, 0, 1)
     if crop:
         height, width = (round(edge * crop.uniform(0.7, 1)) for edge in pixels.shape[1:])
@@ -1582,8 +1568,7 @@ def read_image(image, side, crop=None):
 
 
 def usable(records, options, skipped):
-    """The records to evaluate on: of the first --eval-images of each split those whose picture can
-    be read, with the targets that lie in it."""
+    """Of each split's first --eval-images those whose picture can be read, and their targets."""
     kept, seen = [], Counter()
     for record in records:
         seen[record["split"]] += 1
@@ -1627,8 +1612,7 @@ def write_whole(path, data):
 
 
 def read_checkpoint(path, options):
-    """(model, tokenizer, state) of a checkpoint, no code run, the positions of its ViT resampled to
-    --image-size; UserError where it is none."""
+    """(model, tokenizer, state), the ViT's positions resampled to --image-size; or UserError."""
     with blaming(f"{path} is no checkpoint that fits these options"):
         state = torch.load(path, map_location=options.device, weights_only=True)
         tokenizer, weights, name = Tokenizer(state["words"]), state["model"], "vit.pos_embed"
@@ -1700,8 +1684,7 @@ CHANGEABLE = ("lr", "accumulate", "save_every", "workers", "eval_images", "max_b
 
 
 def table(results):
-    """Results {training: {measure: value}} as text, in percent: a measure a line, a training a
-    column, then what chance gives, and any pixel."""
+    """{training: {measure: value}} as text, in percent: a line each, with what chance gives."""
     columns = [*results, "chance", "any pixel"]
     lines = [" " * 34 + "".join(f"{name:>12}" for name in columns)]
     first = next(iter(results.values()))
@@ -1894,8 +1877,7 @@ def writable(folder):
 
 
 def report(options, records, held_out, skipped):
-    """Evaluate OUT's checkpoints; print the table, write results.json and the pictures beside the
-    list of what was skipped."""
+    """Evaluate OUT's checkpoints; print the table, write results.json and the pictures."""
     out, models, results, pairs = Path(options.out), {}, {}, []
     if RANK > 0:
         return
