@@ -583,7 +583,7 @@ def draw_negatives(similarity, allowed, hardness):
 
 
 def itm_loss(logits, labels, weight):
-    """Matching: mean cross-entropy, by weight (n,), of logits (n, 2) with labels (n,), 1: a match."""
+    """Mean cross-entropy, by weight (n,), of match logits (n, 2) with labels (n,), 1: a match."""
     loss = F.cross_entropy(logits, labels, reduction="none")
     return (loss * weight).sum() / weight.sum().clamp(min=1)
 
@@ -1083,7 +1083,7 @@ def draw_grounding(models, tokenizer, records, options, path):
 
 
 def draw_curves(path):
-    """curves.png: each loss against the step, a line a training, its points means of fiftieths."""
+    """curves.png: each loss against the step, a line a training, its points are means."""
     points = defaultdict(lambda: defaultdict(list))  # loss -> training -> (step, value)
     for row in map(json.loads, path.read_text().splitlines()):
         run, step = row.pop("run"), row.pop("step")
@@ -1944,9 +1944,10 @@ def sentence(error):
     memory = (MemoryError, torch.OutOfMemoryError)
     if isinstance(error, memory) or "allocate memory" in said:
         return f"out of memory: lower --batch-size or --image-size, or raise --accumulate: {said}"
-    lost = ("DataLoader worker (pid", "DataLoader timed out", "shared memory")
+    lost = ("DataLoader worker (pid", "DataLoader timed out", "shared memory", "open files")
     if isinstance(error, ConnectionError) or any(text in said for text in lost):
-        how = "--workers 0 does without, docker run --shm-size 8g gives them more shared memory"
+        how = "--workers 0 does without; docker run --shm-size 8g gives them more shared memory, "
+        how += "ulimit -n 4096 more open files"
         return f"--workers: what one has loaded did not arrive; {how}: {said}"
     if isinstance(error, RuntimeError):
         raise error
