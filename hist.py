@@ -337,8 +337,7 @@ def collate(samples):
 
 
 # -------------------------------------------------------------------------------------- model
-def layer_norm(width):
-    return nn.LayerNorm(width, eps=1e-12)  # BERT's eps
+layer_norm = partial(nn.LayerNorm, eps=1e-12)  # BERT's eps
 
 
 class Attention(nn.Module):
@@ -1090,17 +1089,15 @@ def draw_curves(path):
         for name, value in row.items():
             points[name][run].append((step, value))
     figure = Figure(figsize=(12, 0.9 * len(points)), layout="constrained")
-    axes = figure.subplots(-(-len(points) // 3), 3, squeeze=False)
     colours = {"base": "C0", "baseline": "C1", "hist": "C2"}
-    for ax, (name, runs) in zip(axes.flat, points.items()):
+    for number, (name, runs) in enumerate(points.items(), 1):
+        ax = figure.add_subplot(-(-len(points) // 3), 3, number)
         for run, values in runs.items():
             parts = np.array_split(np.array(values), min(50, len(values)))
             means = np.array([part.mean(0) for part in parts])
             ax.plot(means[:, 0], means[:, 1], color=colours.get(run), label=run)
         ax.set(title=name, xlabel="step")
         ax.legend()
-    for ax in axes.flat[len(points) :]:
-        ax.set_axis_off()
     figure.savefig(path.with_name("curves.png"), dpi=100)
 
 
@@ -1491,10 +1488,9 @@ def read_record(line, folder):
     insist(good, '"captions" must be a list of at least one string')
     for target in targets:
         good = target["phrase"].strip() and target["boxes"]
-        for x0, y0, x1, y1 in target["boxes"]:
-            good = good and x0 < x1 and y0 < y1
+        insist(good, '"targets": a target is {"phrase": …, "boxes": [[x0, y0, x1, y1], …]}')
+        for _, _, x1, y1 in target["boxes"]:
             insist(max(x1, y1) > 1, '"boxes" are in pixels: these look like shares of the picture')
-        insist(good, '"targets": {"phrase": …, "boxes": [[x0, y0, x1, y1], …]}, x0 < x1, y0 < y1')
     for question in record.get("questions") or []:
         good = isinstance(question["text"], str) and question["kind"] and question["answers"]
         good = good and all(isinstance(answer, str) for answer in question["answers"])
@@ -1508,7 +1504,8 @@ def read_jsonl(path):
     path, records = Path(path), []
     for number, line in parse.read_lines(path):
         with blaming(f"{path}, line {number}"):
-            records += [read_record(line, path.parent)] if line.strip() else []
+            if line.strip():
+                records.append(read_record(line, path.parent))
     if all(record["split"] == "train" for record in records):
         for record in records[9::10] or records[-1:]:
             record["split"] = "val"
