@@ -1362,10 +1362,10 @@ class Skipped:
             with open(self.path, "a") as file:
                 file.write(line)
 
-    def count(self):
-        """How many images cannot be used, as far as any process knows."""
+    def count(self, kind="image"):
+        """How many of a kind cannot be used, as far as any process knows."""
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return len({row["which"] for row in map(json.loads, lines) if row["kind"] == "image"})
+        return len({row["which"] for row in map(json.loads, lines) if row["kind"] == kind})
 
     def check(self):
         """UserError where more than max_bad of the images cannot be used."""
@@ -1379,6 +1379,8 @@ def blaming(what, skipped=None):
     """What fails inside is a UserError about `what`; or skipped, where `what` is (kind, which)."""
     try:
         yield
+    except ImportError:
+        raise  # nothing is wrong with the data
     except Exception as error:  # PIL, pickle and torch have as many as there are ways to fail
         missing = " is missing" if isinstance(error, KeyError) else ""
         why = " ".join(f"{error}{missing}".split())[:300]
