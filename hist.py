@@ -337,8 +337,7 @@ def collate(samples):
 
 
 # -------------------------------------------------------------------------------------- model
-def layer_norm(width):
-    return nn.LayerNorm(width, eps=1e-12)  # BERT's eps
+layer_norm = partial(nn.LayerNorm, eps=1e-12)  # BERT's eps
 
 
 class Attention(nn.Module):
@@ -529,8 +528,7 @@ def grad_cam(A, score, mask, grid, prefix=1, create_graph=False):
     score: s, the match logit (n,). mask: (n, L), True for tokens that are not padding. grid:
     (height, width) in patches. create_graph: to differentiate M again, as composition does.
     Returns M (n, height, width), >= 0. This is ALBEF's variant (its section 6) of Selvaraju et
-    al. (arXiv 1610.02391), who pool the gradient over space and rectify the sum.
-    """
+    al. (arXiv 1610.02391), who pool the gradient over space and rectify the sum."""
     (gradient,) = torch.autograd.grad(score.sum(), A, retain_graph=True, create_graph=create_graph)
     cam = (A * gradient.relu()).mean(1)  # (n, L, prefix + patches)
     cam = (cam * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
@@ -584,8 +582,7 @@ def draw_negatives(similarity, allowed, hardness):
 
 
 def itm_loss(logits, labels, weight):
-    """Image-text matching: mean cross-entropy, by weight (n,), of match logits (n, 2) with labels
-    (n,), 1 for a pair that belongs together."""
+    """Mean cross-entropy, by weight (n,), of match logits (n, 2) with labels (n,), 1: a match."""
     loss = F.cross_entropy(logits, labels, reduction="none")
     return (loss * weight).sum() / weight.sum().clamp(min=1)
 
@@ -694,13 +691,7 @@ COMPOSITION_RAMP = 0.1
 
 def gather(x):
     """x of all processes, one after the other, with gradients; x itself where there is one."""
-    if WORLD == 1:
-        return x
-    if x.is_floating_point():
-        return torch.cat(torch.distributed.nn.all_gather(x))
-    everyone = [torch.empty_like(x) for _ in range(WORLD)]
-    torch.distributed.all_gather(everyone, x)
-    return torch.cat(everyone)
+    return x if WORLD == 1 else torch.cat(torch.distributed.nn.all_gather(x))
 
 
 def ramp(done, start, length):
@@ -723,8 +714,7 @@ def make_teacher(model):
 
 
 def loader(samples, options, first, last):
-    """Batches (with --accumulate, parts of them) of positions first to last of the run; each
-    process has its own slice of a step's images."""
+    """Batches of positions first to last of the run; each process has its part of each step."""
     size = options.batch_size // (options.accumulate * WORLD)
     positions = [p for p in range(first, last) if p // size % WORLD == RANK]
     how = dict(num_workers=options.workers, pin_memory=options.device == "cuda")
@@ -745,10 +735,8 @@ def train_step(model, teacher, batches, optimizer, options, levels, hardness, co
     values, weights = Counter(), loss_weights(levels, composition)
     levels = [level for level in levels if weights.get(level, 1) > 0]
     optimizer.zero_grad()
-    for part in range(options.accumulate):
+    for _ in range(options.accumulate):
         batch = to_device(next(batches), options.device)
-        if WORLD > 1:  # gradients are averaged over the processes once a step
-            model.require_backward_grad_sync = part == options.accumulate - 1
         with torch.autocast(options.device, torch.bfloat16, enabled=options.device == "cuda"):
             losses, figures = model(batch, levels, hardness, options.cam_layer, teacher)
         loss = sum(weights.get(name, 1) * value for name, value in losses.items())
@@ -765,8 +753,7 @@ def train(name, levels, samples, options, steps):
     """Train one model with these levels, and return it and the seconds that took.
     "base" begins from scratch. With --base-steps all others go on from its weights, with the images
     after its own: they start alike and see the same images and captions in the same order. Writes
-    OUT/name.pt and a line a step into OUT/metrics.jsonl.
-    """
+    OUT/name.pt and a line a step into OUT/metrics.jsonl."""
     path = Path(options.out) / f"{name}.pt"
     base_steps = 0 if name == "base" else options.base_steps
     peak = options.lr * (FINE_TUNING_RATE if base_steps else 1)
@@ -790,14 +777,11 @@ def train(name, levels, samples, options, steps):
                 group["lr"] = learning_rate(step, steps, peak)
             # Seeded anew, a resumed run draws the same negatives.
             torch.manual_seed((options.seed << 32) + (base_steps + step) * WORLD + RANK)
-            values = train_step(
-                wrapped, teacher, batches, optimizer, options, levels, hardness, composition
-            )
-            insist(
-                all(map(math.isfinite, values.values())),
-                f"step {step + 1} of {name} is not finite: {dict(values)}; the last checkpoint is "
-                "kept, and --resume with a lower --lr may go on from it",
-            )
+            how = options, levels, hardness, composition
+            values = train_step(wrapped, teacher, batches, optimizer, *how)
+            bad = f"step {step + 1} of {name} is not finite: {dict(values)}; the last checkpoint is"
+            finite = all(map(math.isfinite, values.values()))
+            insist(finite, f"{bad} kept, --resume with a lower --lr may go on from it")
             row = {"run": name, "step": step + 1} | {k: round(v, 5) for k, v in values.items()}
             metrics.write(json.dumps(row) + "\n")
             bar.set_postfix_str(", ".join(f"{k} {v:.2f}" for k, v in values.items()), False)
@@ -828,21 +812,18 @@ Pair = namedtuple("Pair", "record balance iou area")
 
 
 def pointing_game(heat, region):
-    """Whether the highest point of a map (height, width) lies in a region (height, width) of truth
-    (Zhang et al., arXiv 1608.00507)."""
+    """Whether a map's highest point lies in a region, both (height, width) (arXiv 1608.00507)."""
     return bool(region.reshape(-1)[heat.argmax()])
 
 
 def multi_object_iou(heat, union, thresholds=THRESHOLDS):
-    """IoU of a map (height, width), cut at fractions of its maximum, with the union of the
-    targets' masks: (thresholds,)."""
+    """IoU (thresholds,) of a map, cut at fractions of its maximum, with the union of masks."""
     marked = heat >= thresholds[:, None, None] * max(heat.max(), 1e-12)
     return (marked & union).sum((1, 2)) / (marked | union).sum((1, 2)).clip(1)
 
 
 def balance(heat, mask1, mask2):
-    """The smaller of two targets' shares of a map over the larger: 1 when both get as much, 0 when
-    one gets nothing."""
+    """The smaller of two targets' shares of a map over the larger: 1 when both get as much."""
     small, large = sorted((heat[mask1].sum(), heat[mask2].sum()))
     return small / max(large, 1e-12)
 
@@ -940,12 +921,12 @@ def measure_maps(model, tokenizer, records, options, answers):
         for (kinds, _, named), heat in zip(found, maps):
             boxes = np.logical_or.reduce([target.boxes for target in named])
             mask = np.logical_or.reduce([target.mask for target in named])
-            objects = {target.object for target in named}
+            chance = len({t.object for t in named}) / len({t.object for t in targets})
             for kind in kinds:
                 name = f"pointing_{kind}"
                 values[name].append(pointing_game(heat, boxes))
                 values[f"{name}_in_mask"].append(pointing_game(heat, mask))
-                values[f"{name}_chance"].append(len(objects) / len({t.object for t in targets}))
+                values[f"{name}_chance"].append(chance)
                 values[f"{name}_chance_pixel"].append(boxes.mean())
             if not kinds:
                 shares = balance(heat, named[0].mask, named[1].mask)
@@ -1029,15 +1010,12 @@ def pair_measures(pairs, val_pairs):
 
 def evaluate(model, tokenizer, records, options, answers=()):
     """Every measure on held-out records: ({split: {measure: 0 to 1}}, [Pair, …]).
-
     "…_chance": what pointing at a random object of the image, a random image, a random choice
-    would get; "…_chance_pixel": any pixel. answers: the choices of questions that have none.
-    """
+    would get; "…_chance_pixel": any pixel. answers: the choices of questions that have none."""
     model.eval()
-    splits, results, pairs = defaultdict(list), {}, {}
-    for record in records:
-        splits[record["split"]].append(record)
-    for split, some in splits.items():
+    results, pairs = {}, {}
+    for split in dict.fromkeys(record["split"] for record in records):
+        some = [record for record in records if record["split"] == split]
         values, pairs[split] = measure_maps(model, tokenizer, some, options, answers)
         results[split] = {name: float(np.mean(row)) for name, row in values.items()}
         results[split] |= retrieval(model, tokenizer, some, options)
@@ -1050,8 +1028,7 @@ def evaluate(model, tokenizer, records, options, answers=()):
 
 
 def common_answers(records, tokenizer):
-    """The choices of questions that have none: the most frequent answers to those of the training
-    records that are a word of the vocabulary."""
+    """The training records' most frequent answers that are one word of the vocabulary."""
     said = Counter()
     for record in records if isinstance(records, list) else []:
         for question in record.get("questions", []):
@@ -1100,33 +1077,27 @@ def draw_grounding(models, tokenizer, records, options, path):
     for line, row in zip(axes, rows):
         for ax, drawn in zip(line, row):
             draw_map(ax, *drawn)
-    figure.suptitle(
-        "Grad-CAM, from nothing (dark) to the map's maximum (bright; a cross: its highest point);\n"
-        "the target has a white line, the probability that the text matches stands in brackets"
-    )
+    figure.suptitle("Grad-CAM; a cross: its maximum; a line: the target; in brackets: P(a match)")
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
 def draw_curves(path):
-    """curves.png beside metrics.jsonl: its losses against the step, a line a training, each point
-    the mean of a fiftieth."""
+    """curves.png: each loss against the step, a line a training, its points are means."""
     points = defaultdict(lambda: defaultdict(list))  # loss -> training -> (step, value)
     for row in map(json.loads, path.read_text().splitlines()):
         run, step = row.pop("run"), row.pop("step")
         for name, value in row.items():
             points[name][run].append((step, value))
     figure = Figure(figsize=(12, 0.9 * len(points)), layout="constrained")
-    axes = figure.subplots(-(-len(points) // 3), 3, squeeze=False)
     colours = {"base": "C0", "baseline": "C1", "hist": "C2"}
-    for ax, (name, runs) in zip(axes.flat, points.items()):
+    for number, (name, runs) in enumerate(points.items(), 1):
+        ax = figure.add_subplot(-(-len(points) // 3), 3, number)
         for run, values in runs.items():
             parts = np.array_split(np.array(values), min(50, len(values)))
             means = np.array([part.mean(0) for part in parts])
             ax.plot(means[:, 0], means[:, 1], color=colours.get(run), label=run)
         ax.set(title=name, xlabel="step")
         ax.legend()
-    for ax in axes.flat[len(points) :]:
-        ax.set_axis_off()
     figure.savefig(path.with_name("curves.png"), dpi=100)
 
 
@@ -1140,43 +1111,31 @@ def corners(count, *radii):
     return np.resize(radii, count)[:, None] * np.stack([np.sin(angle), -np.cos(angle)], 1)
 
 
-def polygon(numbers):
-    """Points (n, 2) from "x y x y …" in hundredths."""
-    return np.array(numbers.split(), dtype=float).reshape(-1, 2) / 100
-
-
-def mirrored(right):
-    """A polygon (2 n, 2) from its right half (n, 2), which goes from top to bottom."""
-    return np.concatenate([right, right[::-1] * (-1, 1)])
-
-
-HALVES = {  # the right half of what its mirror image completes
-    "square": "42 -42 42 42",
-    "heart": "0 -20 16 -38 34 -38 46 -18 42 0 0 42",
-    "cross": "15 -46 15 -15 46 -15 46 15 15 15 15 46",
-    "arrow": "0 -50 44 -4 16 -4 16 48",
-    "house": "0 -48 48 -5 34 -5 34 46",
-    "tree": "0 -50 42 18 9 18 9 48",
-    "bar": "48 -14 48 14",
-    "hourglass": "42 -46 5 0 42 46",
-    "crown": "0 -40 18 0 46 -34 38 40",
-    "mushroom": "12 -44 38 -30 48 2 14 2 14 46",
-    "cup": "46 -40 30 10 7 22 7 36 30 46",
-    "bell": "8 -48 24 -34 30 14 48 36 12 36 10 48",
-    "comb": "46 -40 46 40 28 40 28 -10 9 -10 9 40",
-}
-OUTLINES = {
+OUTLINES = {  # x y x y … in hundredths, of a square from -50 to 50
     "boat": "-6 -50 32 6 2 6 2 14 48 14 30 44 -30 44 -48 14 -6 14",
     "bolt": "10 -50 -34 8 -4 8 -12 50 34 -10 4 -10",
     "flag": "-40 -48 46 -25 -26 -2 -26 48 -40 48",
     "fish": "-48 -30 -20 -8 8 -32 48 0 8 32 -20 8 -48 30",
     "stairs": "-46 46 -46 -46 -15 -46 -15 -15 15 -15 15 15 46 15 46 46",
+    "square": "42 -42 42 42 -42 42 -42 -42",
+    "heart": "0 -20 16 -38 34 -38 46 -18 42 0 0 42 0 42 -42 0 -46 -18 -34 -38 -16 -38 0 -20",
+    "cross": "15 -46 15 -15 46 -15 46 15 15 15 15 46 -15 46 -15 15 -46 15 -46 -15 -15 -15 -15 -46",
+    "arrow": "0 -50 44 -4 16 -4 16 48 -16 48 -16 -4 -44 -4 0 -50",
+    "house": "0 -48 48 -5 34 -5 34 46 -34 46 -34 -5 -48 -5 0 -48",
+    "tree": "0 -50 42 18 9 18 9 48 -9 48 -9 18 -42 18 0 -50",
+    "bar": "48 -14 48 14 -48 14 -48 -14",
+    "hourglass": "42 -46 5 0 42 46 -42 46 -5 0 -42 -46",
+    "crown": "0 -40 18 0 46 -34 38 40 -38 40 -46 -34 -18 0 0 -40",
+    "mushroom": "12 -44 38 -30 48 2 14 2 14 46 -14 46 -14 2 -48 2 -38 -30 -12 -44",
+    "cup": "46 -40 30 10 7 22 7 36 30 46 -30 46 -7 36 -7 22 -30 10 -46 -40",
+    "bell": "8 -48 24 -34 30 14 48 36 12 36 10 48 -10 48 -12 36 -48 36 -30 14 -24 -34 -8 -48",
+    "comb": "46 -40 46 40 28 40 28 -10 9 -10 9 40 -9 40 -9 -10 -28 -10 -28 40 -46 40 -46 -40",
 }
 ROUND = {"circle": (40, 0.46), "ring": (40, 0.46), "moon": (40, 0.46), "triangle": (3, 0.5)}
 ROUND |= {"star": (10, 0.5, 0.2), "diamond": (4, 0.48, 0.3)}
 SHAPES = {name: corners(*form) for name, form in ROUND.items()}  # in a square from -0.5 to 0.5
-SHAPES |= {name: polygon(numbers) for name, numbers in OUTLINES.items()}
-SHAPES |= {name: mirrored(polygon(numbers)) for name, numbers in HALVES.items()}
+for name, numbers in OUTLINES.items():
+    SHAPES[name] = np.array(numbers.split(), dtype=float).reshape(-1, 2) / 100
 HOLES = {"ring": (0.27, 0.27, 0.73, 0.73), "moon": (0.3, -0.05, 1, 0.65)}  # ellipses, x0 y0 x1 y1
 KINDS = list(itertools.product(COLOURS, SHAPES))
 UNSEEN = set(KINDS[::5])  # in held-out scenes only
@@ -1290,8 +1249,7 @@ def ask(rng, things):
 
 
 def draw_scene(rng, side, wanted, unseen):
-    """One scene as a record: its picture (side, side, 3) uint8 on a light, grainy background. See
-    `place_things`; rng: random.Random."""
+    """A scene as a record, its picture (side, side, 3) uint8; see `place_things`."""
     things, targets = place_things(rng, side, wanted, unseen), []
     grain = np.frombuffer(rng.randbytes(side * side), dtype=np.uint8).reshape(side, side, 1)
     image = np.float32([rng.uniform(190, 240) for _ in "rgb"]) + grain * np.float32(0.05)
@@ -1329,33 +1287,29 @@ class Scenes:
 
 def name_shapes(model, options):
     """What ImageNet is to ALBEF's image encoder: the model's learns to name the shape of the one
-    object of a scene, and the head it names with is thrown away. Kept in OUT/vit.pt."""
-    path, shapes = Path(options.out) / "vit.pt", list(SHAPES)
-    if not path.exists():
-        head = nn.Linear(model.vit.embed_dim, len(shapes)).to(options.device)
-        weights = [*model.vit.parameters(), *head.parameters()]
-        optimizer = torch.optim.AdamW(weights, weight_decay=WEIGHT_DECAY, betas=BETAS)
-        steps = options.vit_steps
-        bar = tqdm(range(steps), "vit", unit="step", disable=RANK > 0)
-        for step in bar:
-            images, named = [], []
-            for number in range(step * options.batch_size, (step + 1) * options.batch_size):
-                rng = random.Random(f"{options.seed} one {number}")
-                scene = draw_scene(rng, options.image_size, 1, False)
-                images.append(read_image(scene["image"], options.image_size))
-                named.append(shapes.index(scene["targets"][0]["phrase"].split()[-1]))
-            named = torch.tensor(named, device=options.device)
-            _, V = model.encode_image(torch.stack(images).to(options.device))
-            logits = head(model.vit.forward_head(V, pre_logits=True))
-            loss = F.cross_entropy(logits, named)
-            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, options.lr)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            right = (logits.argmax(1) == named).float().mean()
-            bar.set_postfix_str(f"right {right:.2f}", False)
-        write_whole(path, model.vit.state_dict())
-    model.vit.load_state_dict(torch.load(path, map_location=options.device, weights_only=True))
+    object of a scene, and the head it names with is thrown away."""
+    shapes = list(SHAPES)
+    head = nn.Linear(model.vit.embed_dim, len(shapes)).to(options.device)
+    weights = [*model.vit.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(weights, weight_decay=WEIGHT_DECAY, betas=BETAS)
+    bar = tqdm(range(options.vit_steps), "vit", unit="step", disable=RANK > 0)
+    for step in bar:
+        scenes = []
+        for number in range(step * options.batch_size, (step + 1) * options.batch_size):
+            rng = random.Random(f"{options.seed} one {number}")
+            scenes.append(draw_scene(rng, options.image_size, 1, False))
+        names = [scene["targets"][0]["phrase"].split()[-1] for scene in scenes]
+        named = torch.tensor([shapes.index(name) for name in names], device=options.device)
+        images = [read_image(scene["image"], options.image_size) for scene in scenes]
+        _, V = model.encode_image(torch.stack(images).to(options.device))
+        logits = head(model.vit.forward_head(V, pre_logits=True))
+        loss = F.cross_entropy(logits, named)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, options.vit_steps, options.lr)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        right = (logits.argmax(1) == named).float().mean()
+        bar.set_postfix_str(f"right {right:.2f}", False)
 
 
 def scenes_vit(options):
@@ -1383,13 +1337,9 @@ def make_vit(options):
     if options.vit == "scenes":
         return scenes_vit(options)
     how = dict(pretrained=options.pretrained, num_classes=0, img_size=options.image_size)
-    try:
+    with blaming(f"--vit {options.vit} {how}: no ViT of timm's, or no network"):
         vit = timm.create_model(options.vit, **how)
         patch = vit.patch_embed.patch_size[0]
-    except Exception as error:  # timm's, the hub's or the network's
-        raise UserError(
-            f"--vit {options.vit} {how}: no ViT of timm's, or no network: {error}"
-        ) from error
     insist(options.image_size % patch == 0, f"--image-size: take a multiple of the patch, {patch}")
     return vit
 
@@ -1440,26 +1390,11 @@ def blaming(what, skipped=None):
         skipped.add(*what, why)
 
 
-def read_text(path):
-    """The text of a file, UTF-8 or as its BOM says; UserError names the line that is neither."""
-    data = Path(path).read_bytes()
-    encoding = json.detect_encoding(data)
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not {encoding}: {error.reason}") from error
-
-
 def read_json(path, *names):
     """The lists of these names in a JSON file; UserError with the file, the line and the fault."""
-    text = read_text(path)
-    try:
-        data = json.loads(text)
+    with blaming(f"{path}: no JSON object with {names}"):
+        data = json.loads("\n".join(line for _, line in parse.read_lines(path)))
         return [list(data[name]) for name in names]
-    except (KeyError, TypeError, ValueError) as error:
-        line = getattr(error, "lineno", 1)
-        raise UserError(f"{path}, line {line}: no JSON object with {names}: {error!r}") from error
 
 
 def cut_box(box, size):
@@ -1471,28 +1406,25 @@ def cut_box(box, size):
 
 
 def read_coco(root, split, skipped):
-    """Records of COCO 2017's split: "train" with captions, "val" with targets too. Boxes, masks and
-    pixels as stored, not as EXIF would turn them."""
+    """Records of COCO 2017's split, in pixels as stored; of "val" with boxes and masks."""
     folder, notes = root / f"{split}2017", root / "annotations"
     told, instances = (notes / f"{kind}_{split}2017.json" for kind in ("captions", "instances"))
     how = f"python -m tests.paper.convert coco {root} fetches it (20 GB), or see cocodataset.org"
-    for path in (told, folder, instances)[: 3 if split == "val" else 2]:
+    for path in (told, folder):
         insist(path.exists(), f"--root {root}: there is no {path}; {how}")
     images, captions = read_json(told, "images", "annotations")
     there, records = set(os.listdir(folder)), {}
     for number, entry in enumerate(images):
         with blaming(("image", f"{told.name}, entry {number}"), skipped):
             name, size = entry["file_name"], (entry["height"], entry["width"])
-            insist(Path(name).name == name, f"{name} leads out of the folder")
-            insist(name in there, f"there is no file {name}")
-            insist(entry["id"] not in records, "its id is there twice")
+            insist(name in there, f"there is no file {name} in {folder}")
             record = {"image": folder / name, "captions": [], "targets": [], "size": size}
             records[entry["id"]] = record | {"split": split}
     for number, entry in enumerate(captions):
         with blaming(("caption", f"{told.name}, entry {number}"), skipped):
-            caption = entry["caption"]
-            insist(isinstance(caption, str) and caption.strip(), f"no caption: {caption!r}")
-            records[entry["image_id"]]["captions"].append(caption.strip())
+            caption = entry["caption"].strip()
+            insist(caption, "it is empty")
+            records[entry["image_id"]]["captions"].append(caption)
     if split == "val":
         add_instances(records, instances, skipped)
     for record in records.values():
@@ -1507,22 +1439,22 @@ def add_instances(records, path, skipped):
     of one whose mask cannot be used the box is the mask."""
     annotations, categories = read_json(path, "annotations", "categories")
     names = {category["id"]: category["name"] for category in categories}
-    boxes, parts = defaultdict(list), defaultdict(list)  # of (image id, category)
+    targets = {}  # of (image id, category)
     for number, entry in enumerate(annotations):
         where = f"{path.name}, entry {number}"
         with blaming(("annotation", where), skipped):
-            group = entry["image_id"], names[entry["category_id"]]
-            (x, y, width, height), size = entry["bbox"], records[group[0]]["size"]
+            record, phrase = records[entry["image_id"]], names[entry["category_id"]]
+            (x, y, width, height), size = entry["bbox"], record["size"]
             x0, y0, x1, y1 = box = cut_box([x, y, x + width, y + height], size)
             part = [[x0, y0, x1, y0, x1, y1, x0, y1]]
             with blaming(("mask", where), skipped):
                 decode_mask({"size": size, "parts": [entry["segmentation"]]})
                 part = entry["segmentation"]
-            boxes[group].append(box)
-            parts[group].append(part)
-    for (image_id, phrase), found in boxes.items():
-        mask = {"size": records[image_id]["size"], "parts": parts[image_id, phrase]}
-        target = {"phrase": phrase, "boxes": found, "mask": mask}
+            empty = {"phrase": phrase, "boxes": [], "mask": {"size": size, "parts": []}}
+            target = targets.setdefault((entry["image_id"], phrase), empty)
+            target["boxes"].append(box)
+            target["mask"]["parts"].append(part)
+    for (image_id, _), target in targets.items():
         records[image_id]["targets"].append(target)
 
 
@@ -1537,8 +1469,7 @@ def decode_mask(mask):
     for part in mask["parts"]:
         if isinstance(part, dict):
             counts = part["counts"]
-            good = isinstance(counts, list) and sum(counts) == height * width
-            insist(good, f"run lengths are compressed, or not of {height * width} pixels")
+            insist(isinstance(counts, list), "its run lengths are compressed")
             runs = np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height)
             drawn.paste(1, mask=Image.fromarray(runs.T))
         else:
@@ -1557,13 +1488,11 @@ def read_record(line, folder):
     insist((folder / name).is_file(), f'"image": there is no picture {folder / name}')
     good = isinstance(captions, list) and captions and all(isinstance(c, str) for c in captions)
     insist(good, '"captions" must be a list of at least one string')
-    insist(isinstance(split, str), '"split" must be a word, such as "train", "val" or "test"')
     for target in targets:
         good = target["phrase"].strip() and target["boxes"]
-        for x0, y0, x1, y1 in target["boxes"]:
-            good = good and x0 < x1 and y0 < y1
+        insist(good, '"targets": a target is {"phrase": …, "boxes": [[x0, y0, x1, y1], …]}')
+        for _, _, x1, y1 in target["boxes"]:
             insist(max(x1, y1) > 1, '"boxes" are in pixels: these look like shares of the picture')
-        insist(good, '"targets": {"phrase": …, "boxes": [[x0, y0, x1, y1], …]}, x0 < x1, y0 < y1')
     for question in record.get("questions") or []:
         good = isinstance(question["text"], str) and question["kind"] and question["answers"]
         good = good and all(isinstance(answer, str) for answer in question["answers"])
@@ -1575,9 +1504,10 @@ def read_jsonl(path):
     """(training records, those of all other splits) of a JSONL file; UserError gives the line and
     what is wrong. Where all are for training, every tenth is held out."""
     path, records = Path(path), []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in parse.read_lines(path):
         with blaming(f"{path}, line {number}"):
-            records += [read_record(line, path.parent)] if line.strip() else []
+            if line.strip():
+                records.append(read_record(line, path.parent))
     if all(record["split"] == "train" for record in records):
         for record in records[9::10] or records[-1:]:
             record["split"] = "val"
@@ -1626,8 +1556,7 @@ def load_pixels(image, upright=False):
 
 
 def read_image(image, side, crop=None):
-    """A path or an array as a tensor (3, side, side) uint8, squeezed to the square; crop: an rng,
-    for a random part of it."""
+    """A path or an array as (3, side, side) uint8, squeezed; crop: an rng, for a random part."""
     pixels = torch.from_numpy(np.ascontiguousarray(load_pixels(image))).permute(2, 0, 1)
     if crop:
         height, width = (round(edge * crop.uniform(0.7, 1)) for edge in pixels.shape[1:])
@@ -1638,8 +1567,7 @@ def read_image(image, side, crop=None):
 
 
 def usable(records, options, skipped):
-    """The records to evaluate on: of the first --eval-images of each split those whose picture can
-    be read, with the targets that lie in it."""
+    """Of each split's first --eval-images those whose picture can be read, and their targets."""
     kept, seen = [], Counter()
     for record in records:
         seen[record["split"]] += 1
@@ -1671,20 +1599,19 @@ def write_whole(path, data):
     """Write text, or a checkpoint, to a temporary file that then takes the name: whatever has the
     name is whole. UserError where that fails, as on a full disk."""
     part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data.encode()) if isinstance(data, str) else torch.save(data, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written, the one before is kept: {error}") from error
+    with blaming(f"{path} could not be written, the one before is kept"):
+        try:
+            with open(part, "wb") as file:
+                file.write(data.encode()) if isinstance(data, str) else torch.save(data, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def read_checkpoint(path, options):
-    """(model, tokenizer, state) of a checkpoint, no code run, the positions of its ViT resampled to
-    --image-size; UserError where it is none."""
+    """(model, tokenizer, state), the ViT's positions resampled to --image-size; or UserError."""
     with blaming(f"{path} is no checkpoint that fits these options"):
         state = torch.load(path, map_location=options.device, weights_only=True)
         tokenizer, weights, name = Tokenizer(state["words"]), state["model"], "vit.pos_embed"
@@ -1756,8 +1683,7 @@ CHANGEABLE = ("lr", "accumulate", "save_every", "workers", "eval_images", "max_b
 
 
 def table(results):
-    """Results {training: {measure: value}} as text, in percent: a measure a line, a training a
-    column, then what chance gives, and any pixel."""
+    """{training: {measure: value}} as text, in percent: a line each, with what chance gives."""
     columns = [*results, "chance", "any pixel"]
     lines = [" " * 34 + "".join(f"{name:>12}" for name in columns)]
     first = next(iter(results.values()))
@@ -1771,16 +1697,13 @@ def table(results):
 
 
 def free_cores():
-    """Cores that no other program uses just now (by the idle time in /proc/stat; all without it).
-    Threads that wait for each other spin: beside one busy program on 2 cores, two of them train
-    half as fast as one."""
-    cores, ticks = os.cpu_count() or 1, []
-    with suppress(OSError, ValueError):
-        for pause in (0.3, 0):
-            line = Path("/proc/stat").read_text().split("\n")[0]
-            ticks.append(np.array(line.split()[1:9], dtype=int))
-            time.sleep(pause)
-        spent = ticks[1] - ticks[0]
+    """Cores that no other program uses just now, by the idle time in /proc/stat; all without it.
+    Threads that wait for a busy core spin: two on such a one train half as fast as one."""
+    cores, stat = os.cpu_count() or 1, Path("/proc/stat")
+    with suppress(OSError):
+        before = np.array(stat.read_text().split()[1:9], dtype=int)
+        time.sleep(0.3)
+        spent = np.array(stat.read_text().split()[1:9], dtype=int) - before
         cores = max(1, round(cores * spent[3:5].sum() / spent.sum()))  # idle, waiting for a disk
     return cores
 
@@ -1819,8 +1742,8 @@ def parse_options(argv=None):
     if typed.keys() & {"resume", "eval_only", "ground"}:
         saved = saved_options(told["out"])
         insist(saved is not None, f"there is no run in {told['out']}: train first, or say --out")
-        for name, value in typed.items() if "resume" in typed else ():
-            check_change(name, value, saved.get(name, value))
+        if "resume" in typed:
+            check_changes(typed, saved)
         told |= saved | typed | {"out": told["out"]}
     options = Options(**told)
     check_options(options)
@@ -1831,11 +1754,13 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def check_change(name, value, old):
-    """UserError where a resumed run cannot change an option from its old value."""
-    good = value == old or name in ("out", *CHANGEABLE) or name == "steps" and value > old
+def check_changes(typed, saved):
+    """UserError where a resumed run cannot change what was typed from what it has."""
     may = f"raise --steps, and change {', '.join(map(flag, CHANGEABLE))}"
-    insist(good, f"{flag(name)} {value}: this run has {old}; with --resume one may {may}")
+    for name in typed.keys() & saved.keys() - {"out", *CHANGEABLE}:
+        old, new = saved[name], typed[name]
+        good = new == old or name == "steps" and new > old
+        insist(good, f"{flag(name)} {new}: this run has {old}; with --resume one may {may}")
 
 
 def check_options(options):
@@ -1879,9 +1804,7 @@ def only_writer(out):
                 os.kill(int(holder), 0)
             raise UserError(said)
     out.mkdir(parents=True, exist_ok=True)
-    lock.unlink(missing_ok=True)
-    with open(lock, "x") as file:
-        file.write(str(os.getpid()))
+    lock.write_text(str(os.getpid()))
     try:
         yield
     finally:
@@ -1899,7 +1822,7 @@ def prepare(options):
         tokenizer = read_checkpoint(options.init, options)[1]
     else:
         MODELS[options.base](options, Tokenizer(Tokenizer.SPECIAL))
-    grown = map(out.joinpath, ("vit.pt", *CHECKPOINTS, "metrics.jsonl"))
+    grown = map(out.joinpath, (*CHECKPOINTS, "metrics.jsonl"))
     old = [path for path in grown if fresh and path.exists()]
     data = (saved_options(out) or {}).get("data", options.data)
     same = not old or os.path.abspath(data) == os.path.abspath(options.data)
@@ -1953,8 +1876,7 @@ def writable(folder):
 
 
 def report(options, records, held_out, skipped):
-    """Evaluate OUT's checkpoints; print the table, write results.json and the pictures beside the
-    list of what was skipped."""
+    """Evaluate OUT's checkpoints; print the table, write results.json and the pictures."""
     out, models, results, pairs = Path(options.out), {}, {}, []
     if RANK > 0:
         return
@@ -1975,8 +1897,6 @@ def report(options, records, held_out, skipped):
         print(table({name: result[split] for name, result in results.items()}) + "\n")
     if skipped.count():
         print(f"{skipped.count()} images could not be used; {skipped.path} lists them")
-    if not any(record["targets"] for record in held_out):
-        print("these records have no targets: there is nothing to point at, retrieval is measured")
     if len(found) == 1:
         results = {name: result[split] for name, result in results.items()}
     write_whole(out / "results.json", json.dumps(results, indent=1))
@@ -2023,9 +1943,10 @@ def sentence(error):
     memory = (MemoryError, torch.OutOfMemoryError)
     if isinstance(error, memory) or "allocate memory" in said:
         return f"out of memory: lower --batch-size or --image-size, or raise --accumulate: {said}"
-    lost = ("DataLoader worker (pid", "DataLoader timed out", "shared memory")
+    lost = ("DataLoader worker (pid", "DataLoader timed out", "shared memory", "open files")
     if isinstance(error, ConnectionError) or any(text in said for text in lost):
-        how = "--workers 0 does without, docker run --shm-size 8g gives them more shared memory"
+        how = "--workers 0 does without; docker run --shm-size 8g gives them more shared memory, "
+        how += "ulimit -n 4096 more open files"
         return f"--workers: what one has loaded did not arrive; {how}: {said}"
     if isinstance(error, RuntimeError):
         raise error
@@ -2050,10 +1971,10 @@ def main(argv=None):
         if WORLD > 1:
             torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
-        begun = options and saved_options(options.out)
-        out = shlex.quote(options.out) if begun else ""
-        again = f"; python hist.py --resume --out {out} goes on" if begun else ""
-        print(f"hist.py: stopped{again}", file=sys.stderr)
+        said = "hist.py: stopped"
+        if options and saved_options(options.out):
+            said += f"; python hist.py --resume --out {shlex.quote(options.out)} goes on"
+        print(said, file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         print(f"hist.py: {sentence(error)}", file=sys.stderr)

@@ -781,7 +781,7 @@ def test_first_mistakes(tmp_path, capsys):
     assert "no flickr30k-images or flickr30k_images in" in said
     karpathy_folder(tmp_path)
     (tmp_path / "dataset_coco.json").write_text('{"images": [1,]}')
-    assert "dataset_coco.json, line 1: " in refused(capsys, "karpathy", tmp_path)
+    assert "dataset_coco.json: no JSON object with " in refused(capsys, "karpathy", tmp_path)
     (tmp_path / "dataset_coco.json").write_text('{"images": []}')
     assert "no image of test can be used" in refused(capsys, "karpathy", tmp_path)
 

@@ -79,8 +79,8 @@ def bad_captions(data):
     for caption in ("", "  ", None, 7, ["a cat"]):
         data["annotations"].append({"image_id": 1, "caption": caption})
     data["annotations"] += [{"image_id": 777, "caption": "of no image"}, {"image_id": 1}]
-    named = [dict(data["images"][0]), *({"id": i, "height": 9, "width": 9} for i in (50, 51))]
-    named[1]["file_name"], named[2]["file_name"] = "../../etc/passwd", "/etc/passwd"
+    named = [{"id": i, "height": 9, "width": 9} for i in (50, 51)]
+    named[0]["file_name"], named[1]["file_name"] = "../../etc/passwd", "/etc/passwd"
     data["images"] += named
 
 
@@ -115,13 +115,14 @@ def test_bad_captions_and_annotations_are_left_out_and_listed(here):
     assert len(records) == 12 and records[1]["captions"] == ["A cat by dog 1.", "Two dogs"]
     why = [(row["kind"], row["why"]) for row in lines("run/skipped.jsonl")]
     for kind, text, times in (
-        ("caption", "no caption: ", 5),
-        ("image", "there twice", 1),
+        ("caption", "it is empty", 2),
+        ("caption", "no attribute 'strip'", 3),
         ("caption", "777 is missing", 1),
         ("annotation", "777 is missing", 1),
         ("caption", "'caption' is missing", 1),
         ("annotation", "5 is missing", 1),
-        ("image", "leads out", 2),
+        ("image", "no file ../../etc/passwd", 1),
+        ("image", "no file /etc/passwd", 1),
         ("image", "no file missing.jpg", 1),
         ("annotation", "has no pixel", 3),
     ):
@@ -132,22 +133,21 @@ def test_bad_captions_and_annotations_are_left_out_and_listed(here):
     good = hist.usable(records, o, listed)
     assert [len(r["targets"]) for r in good[1:7]] == [2] * 6  # a bad polygon costs a mask alone
     before = lines("run/skipped.jsonl")
-    assert sum("run lengths" in row["why"] for row in before) == 2
+    assert sum("run lengths are compressed" in row["why"] for row in before) == 1
     hist.usable(hist.read_coco(Path("coco"), "val", listed), o, listed)
     assert lines("run/skipped.jsonl") == before  # the same again is not listed twice
     for row in before:  # what it is of can be found
         assert row["which"].startswith(("captions_val2017.json", "instances_val2017.json", "coco"))
-    assert (listed.count(), listed.total) == (4, 2 * 16)
+    assert (listed.count(), listed.total) == (3, 2 * 15)
 
 
 @pytest.mark.parametrize(
     "text, what",
     [
         ('{"images": [\n{"id": 1,}]}', "line 2"),
-        ("", "Expecting value"),
+        ("", "line 1"),
         ('{"images": []}', "annotations"),
         ("[1]", "no JSON object"),
-        ("\xff", "utf-8"),
         ('{"images": 3, "annotations": []}', "images"),
     ],
 )
@@ -156,7 +156,7 @@ def test_malformed_json_gets_its_file_line_and_fault(here, capsys, text, what):
     path = here / "coco/annotations/captions_train2017.json"
     path.write_bytes(text.encode("latin1"))
     said = refused(capsys, "--data", "coco", "--root", "coco", *PHOTOS)
-    assert "captions_train2017.json, line" in said and what in said
+    assert "captions_train2017.json: no JSON object with" in said and what in said
 
 
 @pytest.mark.parametrize("bad", [None, [], [[1, "x"]], {"counts": [1, 2]}, {"counts": "packed"}])
@@ -224,13 +224,7 @@ def test_every_tenth_is_held_out_where_no_line_says_so(here, capsys, n, train, h
         ('{"image": "0.png", "captions": "a"}', '"captions"'),
         ('{"image": "0.png", "captions": []}', '"captions"'),
         ('{"image": "0.png", "captions": [null]}', '"captions"'),
-        ('{"image": "0.png", "captions": ["a"], "split": 3}', '"split"'),
         ('{"image": "0.png", "captions": ["a"], "targets": [{"phrase": "a"}]}', "boxes"),
-        (
-            '{"image": "0.png", "captions": ["a"], "targets": [{"phrase": "a",'
-            ' "boxes": [[5, 0, 2, 2]]}]}',
-            "x0 < x1",
-        ),
         ('{"image": "0.png", "captions": ["a"], "questions": [{"text": "a"}]}', "kind"),
         (
             '{"image": "0.png", "captions": ["a"], "targets": [{"phrase": " ",'
@@ -247,7 +241,7 @@ def test_a_wrong_line_is_reported_with_its_number(here, capsys, line, what):
     assert "my.jsonl, line 5:" in said and what in said
 
 
-ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le")  # PowerShell's > writes UTF-16
+ENCODINGS = ("utf-8", "utf-8-sig", "utf-16")  # PowerShell's > writes UTF-16
 
 
 @pytest.mark.parametrize("ends", ["\n", "\r\n", "\r\n\r\n \r\n"])
@@ -262,15 +256,11 @@ def test_a_file_is_read_in_the_encoding_that_its_first_bytes_tell(here, encoding
     assert hist.read_json("all.json", "images") == [["é"]]
 
 
-def test_what_cannot_be_decoded_gets_its_file_line_and_encoding(here):
-    rows = (
-        '{"image": "a.png", "captions": ["a"]}\n' * 2 + '{"image": "a.png", "captions": ["café"]}'
-    )
-    Path("latin.jsonl").write_bytes(rows.encode("latin1"))
-    for read in (hist.read_jsonl, lambda path: hist.read_json(path, "images")):
-        with pytest.raises(hist.UserError, match="latin.jsonl, line 3: not utf-8") as error:
-            read("latin.jsonl")
-        assert len(str(error.value)) < 100  # not all of the file
+def test_what_is_no_utf_8_is_read_as_latin_1_and_its_file_and_line_are_said(here, capsys):
+    own_folder(here)
+    Path("my.jsonl").write_bytes('\n{"image": "0.png", "captions": ["café"]}'.encode("latin-1"))
+    assert hist.read_jsonl("my.jsonl")[1][0]["captions"] == ["café"]
+    assert "my.jsonl:2: this is no UTF-8; read as Latin-1" in capsys.readouterr().err
 
 
 def test_where_a_link_leads_is_its_owner_s_business(here):
@@ -302,7 +292,8 @@ def boxed(*boxes, split="val"):
 
 
 @pytest.mark.parametrize(
-    "box", [[500, 500, 600, 600], [-9, 0, 0, 9], [0, -904, 9, -900], [100, 0, 109, 9]]
+    "box",
+    [[500, 500, 600, 600], [-9, 0, 0, 9], [0, -904, 9, -900], [100, 0, 109, 9], [30, 9, 20, 40]],
 )
 def test_a_box_outside_its_picture_is_left_out_and_listed(here, box):
     boxed([[10, 10, 20, 20], box], [box], [[90, 70, 120, 90]])

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,6 +211,8 @@ def test_every_row_goes_on_from_one_base_and_what_is_done_is_kept(capsys):
     assert "--lr 0.002" in said
     assert "another --out" in said
     assert "1 to 10" in refused(capsys, ablate.main, "--seeds", 0)
+    (top / "seed0/running").write_text(str(os.getppid()))
+    assert "another run writes into" in refused(capsys, ablate.main, "--seeds", "1", *TINY)
 
 
 def test_divisions_by_hand(monkeypatch):

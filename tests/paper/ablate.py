@@ -267,7 +267,9 @@ def main(arguments=None):
         insist(0 < asked.seeds < 11, f"--seeds {asked.seeds}: 1 to 10, please")
         done = []
         for seed in range(asked.seed, asked.seed + asked.seeds):
-            done.append(run_seed(seed_options(rest, asked.out / f"seed{seed}", seed)))
+            out = asked.out / f"seed{seed}"
+            with hist.only_writer(out):
+                done.append(run_seed(seed_options(rest, out, seed)))
         print(table(done))
     except (UserError, OSError) as error:
         print(f"ablate: {error}", file=sys.stderr)

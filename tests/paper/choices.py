@@ -140,6 +140,27 @@ def false_negatives(records):
     return sum(found) / len(found)
 
 
+def compare(options, world):
+    """Train the variants, or with `world` captions alone, and print a row of each."""
+    samples, held_out = hist.prepare(options)
+    print("| | " + " | ".join(SHOWN.values()) + " |\n" + "|---" * (len(SHOWN) + 1) + "|")
+    hist.train("base", ["caption"], samples, options, options.base_steps)
+    read_off("base", samples, held_out, options)
+    variants = {"captions alone": ({"levels": "caption"}, {})} if world else VARIANTS
+    for number, (name, (changes, functions)) in enumerate(variants.items()):
+        with ExitStack() as stack:
+            for replaced, by in functions.items():
+                stack.enter_context(patch(f"hist.{replaced}", by))
+            now = replace(options, **changes)
+            model, _ = hist.train(f"v{number}", now.levels.split(","), samples, now, options.steps)
+        show(name, model, samples, held_out, options)
+        if number == 0:
+            read_off("v0", samples, held_out, options)
+    if world:
+        share = false_negatives([samples.records[i] for i in range(300)])
+        print(f"of a phrase's negatives {100 * share:.1f}% are true")
+
+
 def main(arguments=None):
     own = hist.CommandLine("choices", epilog="and hist.py's own options", allow_abbrev=False)
     own.add_argument("--world", action="store_true", help="captions alone, no HIST")
@@ -147,26 +168,8 @@ def main(arguments=None):
         asked, rest = own.parse_known_args(arguments)
         options = hist.parse_options(["--seed", "300", "--out", "out/choices", *rest])
         options.out = str(Path(options.out) / f"seed{options.seed}")
-        samples, held_out = hist.prepare(options)
-        print("| | " + " | ".join(SHOWN.values()) + " |\n" + "|---" * (len(SHOWN) + 1) + "|")
-        hist.train("base", ["caption"], samples, options, options.base_steps)
-        read_off("base", samples, held_out, options)
-        variants = VARIANTS
-        if asked.world:
-            variants = {"captions alone": ({"levels": "caption"}, {})}
-        for number, (name, (changes, functions)) in enumerate(variants.items()):
-            with ExitStack() as stack:
-                for replaced, by in functions.items():
-                    stack.enter_context(patch(f"hist.{replaced}", by))
-                now = replace(options, **changes)
-                levels = now.levels.split(",")
-                model, _ = hist.train(f"v{number}", levels, samples, now, options.steps)
-            show(name, model, samples, held_out, options)
-            if number == 0:
-                read_off("v0", samples, held_out, options)
-        if asked.world:
-            share = false_negatives([samples.records[i] for i in range(300)])
-            print(f"of a phrase's negatives {100 * share:.1f}% are true")
+        with hist.only_writer(Path(options.out)):
+            compare(options, asked.world)
     except (hist.UserError, OSError) as error:
         print(f"choices: {error}", file=sys.stderr)
         sys.exit(2)
