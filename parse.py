@@ -44,25 +44,45 @@ UP, NEARBY, BACK, RIGHT, HAS, CAN, ALL, ONE, THAT, HER, TO, GENITIVE_S, QUOTE = 
 # Words by class: those of 20,012 COCO captions and the most frequent of a general list (wordfreq),
 # where ENDINGS err and it matters. Of verbs: the class of the word and of its form in -s.
 VERBS = {
-    (VERB, VERB): """accept add allow appear apply approach attempt bake bathe beg bring build buy
-    carry celebrate chew choose chop come compete consist contain create crouch deliver depict
-    describe dig dine dodge don drape eat enjoy enter extend fill find fix float follow gain gather
-    gaze gesture get give glide go grab grapple graze grow guide hang herd hike hold hover huddle
-    ignore include indicate jog juggle keep kneel know laugh lay lean learn let lick lie listen love
-    make maneuver march melt operate overlook pass pay peer perch perform portray pour prepare
-    produce protrude provide put react read reflect relax respond say see seem sell shear sing sip
-    sit snuggle socialize speak splash squeeze stare stay steal steer stir surround swim take teach
-    tell think throw try unload want wear write yawn""",
-    (RIDE, RIDES): """balance battle beat bend bite blow brush capture catch chase cheer clap climb
-    cook crash cross cut dance display dive drive escape face fall feature feed finish flip fly
-    glance greet heat help hit hug jump kick lead leap look lounge measure move parade pause
-    photograph pick play plow point pose practice pull push race reach rest return ride rip rise run
-    salute search serve shake shine shoot shout show sleep slide smile squat stand start stretch
-    strike stroll struggle surf swing talk tear toss tow travel turn use visit wait walk wash watch
-    wipe work""",
-    (RIDE, LIGHTS): """bat block board cover crowd dress drink fence film fry glow land leave light
-    line load mirror pack paddle paint park pet pitch place plant post roll row sail share signal
-    skate ski slice sport spray spread stick stop tie train trick trim type view wave""",
+    (VERB, VERB): """accept add adjust admire adorn allow announce appear apply approach arrange
+    arrive assemble assess assist attach attempt attend avoid await bake bathe beckon become beg
+    believe blame bless bounce brandish bring browse build buy caress carry carve celebrate chat
+    chew choose chop clash clutch collapse collect come commemorate commute compare compete confirm
+    confront congratulate connect consist contain continue contort convert crawl create crouch
+    cuddle decorate deliver demonstrate depart depict deploy descend describe destroy detect devour
+    dig dine discuss divide dodge dominate don doze drape dribble drift drown dwarf eat embrace
+    emerge encircle engage engulf enjoy ensure enter entertain evacuate examine exceed expect
+    explain explore extend fail fasten fidget fill find fix flank flee follow frolic gain gallop
+    gather gaze gesture get give glide gnaw go gobble grab grapple grasp graze grow guide hang
+    happen haul hear herd hike hoist hold hover huddle ignite ignore illuminate illustrate include
+    indicate indulge inject insert inspect install interact investigate invite jog join jot juggle
+    jut keep kneel knit know laugh launch lay lean learn let lick lie listen loom lose love lug lurk
+    make maneuver march melt mention mingle mourn mow munch nap navigate nestle nibble nod nuzzle
+    obscure observe occupy occur operate overlap overlook oversee pass pay peck peek peer perch
+    perform persist plunge poke ponder portray possess pounce pour prance prepare produce protrude
+    prove provide put raise react read reap receive recline recover reflect relax remain remove
+    require resemble respond retrieve reveal roam rotate rummage saunter say scamper scatter scold
+    scowl scramble scrape scrub sculpt scurry see seek seem sell send sew shave shear shove sing sip
+    sit slather slump slurp snap snarl snatch sniff snooze snuggle soak soar socialize soothe speak
+    spend spew spin splash sprawl sprint squeeze squint stare stay steal steer stir straddle strum
+    strut stumble subdue submit suck surround survive swallow sway swim swoop take teach tease tell
+    tend think threaten throw tickle tighten tilt topple trample trot trudge try tumble twirl
+    undergo unload unpack unveil unwind unwrap urge vow wade wander want wear weave weigh welcome
+    wield wrangle wrestle write yank yawn zoom""",
+    (RIDE, RIDES): """attack balance bark battle beat bend bite blow bounce brace brush bump capture
+    catch change chase chat cheer claim clap climb combine cook crash cross cut dance display dive
+    drag draw drive escape exhibit exit face fall feature feed fight finish flip float fly gain
+    glance greet grin heat help hit hug hunt hurt jump kick lead leap lift look lounge measure move
+    nap parade pause peek photograph pick play plow point poke pose practice pull push race reach
+    repair rescue rest return ride rip rise rub run salute scan search serve shake shine shoot shout
+    show slap sleep slide smell smile snap sniff sort spin squat stand stare start stretch strike
+    stroll struggle support surf suspect sweep swing tackle talk taste tear tilt toss touch tow
+    travel turn use vie visit vote wait walk wash watch welcome whisper wipe work yawn""",
+    (RIDE, LIGHTS): """bat block board comb cover crowd dart dress drink drop fence film fry glow
+    guard knot land leave light line load mirror mount pack paddle paint park pet pitch place plant
+    post pump rally roll row sail sample share shop shovel shred signal skate sketch ski slice sling
+    smoke sport spray spread sprinkle stack stalk step stick stitch stop tie trail train trek trick
+    trim tug type view wave whisk""",
 }
 WORDS = {
     ADJ: """able adjacent african ajar alert alpine amber american artisan asian asleep awake bad
@@ -72,7 +92,7 @@ WORDS = {
     cyan dark dead deep dense desolate different drab dual dull dumb dutch early eastern elaborate
     elderly electric elegant enough entire equestrian european external extreme fair fake fancy far
     fast fat favorite feminine few final fine first flat foreign formal free french fresh front full
-    gay gentle german gold golden good gourmet grand grave gray great greek green grey gross
+    gay gentle german gilt gold golden good gourmet grand grave gray great greek green grey gross
     handheld handicap handmade hard high hind homemade hot huge human humane idle important indian
     indoor inner intense intricate inverted irish jumbo juvenile khaki korean large last late latin
     lavender little live lone long loose loud low lush magenta main major makeshift manual maroon
@@ -82,11 +102,11 @@ WORDS = {
     pink pinkish plain plush poor posh pristine private prominent proper public pure purple quaint
     quick quiet rare raw real recent red retro rich ripe roman rotten rough round rundown sad safe
     same second separate several shallow sharp sheer shorn short sick silent silver similar simple
-    single sleek slender slight slow small smart smiley smooth soft solar solemn solid somber spare
-    sparse spicy squat stark steep straight strange striped strong suburban such sure sweet swiss
-    tall tan teal teenage tender thick thin third tight top trim triple true turquoise twin ugly
-    unfinished unique unknown unmade unripe upper upscale upside urban vast victorian vintage warm
-    weird western wet white whole wicker wide wild wooden woolen wrong yellow young""",
+    single sleek slender slight slim slow small smart smiley smooth soft solar solemn solid somber
+    spare sparse spicy squat stark steep straight strange striped strong suburban such sure sweet
+    swiss tall tan teal teenage tender thick thin third tight top trim triple true turquoise twin
+    ugly unfinished unique unknown unmade unripe upper upscale upside urban vast victorian vintage
+    warm weird western wet white whole wicker wide wild wooden woolen wrong yellow young""",
     NOUN: """animal army assembly baby balcony belly body buddy buggy bunny butterfly canal candy
     canopy canvas cathedral cereal ceremony charcoal cherry christmas comic cooler coral corral
     crystal dairy daisy elephant enemy evening family ferry garlic garnish gas goldfish gravy
@@ -173,21 +193,22 @@ DEGREES = ("(er|est)$", ""), ("(?<=e)(r|st)$", ""), (r"(.)\1(er|est)$", r"\1"), 
 # chair") and after a preposition of place ("near loading dock").
 ING_ALWAYS = """baking charging cutting dining frying gaming hiking living parking roasting sewing
     shopping steering swimming vending""".split()
-ING_STATE = """amazing appearing blinking breaking burning cheering crashing crumbling crying
-    drooping dying eating falling flaming floating flowing flying glistening glowing hanging
-    incoming interesting jumping laughing leaning looking matching moving oncoming passing peeling
-    rising rolling running rushing setting shining sitting smiling smoking soaring standing striking
-    surrounding towering walking working""".split()
+ING_STATE = """amazing appearing bleeding blinking blooming breaking burning cheering crashing
+    crumbling crying drooping dying eating falling flaming floating flowing flying glistening
+    glowing hanging incoming interesting jumping laughing leaning looking matching moving oncoming
+    passing peeling rising rolling running rushing setting shining sinking sitting sloping smiling
+    smoking soaring sparkling standing staring striking surrounding towering twisting walking
+    winding working""".split()
 FORMS = ("fit", "length", "neck", "size", "sleeve", "story", "style")
 PLACING = ("by", "near", "beside", "at", "on", "in", "under", "behind")
 ACTIVITIES = """biking boarding climbing diving fishing sailing shopping skating skiing surfing
     """.split()
 # Words that belong to the noun after them: "hot dog" is a subject.
 FIXED = with_plurals("""big-ben big-rig brief-case close-up double-decker flat-screen french-fries
-    golden-gate half-pipe high-chair high-heel hot-dog light-bulb light-fixture light-house
-    light-pole light-post light-switch new-york orange-juice orange-peel orange-slice polar-bear
-    rear-view running-shoe smart-phone stainless-steel television-set third-base top-hat train-set
-    wet-suit wild-flower""")
+    german-shepherd golden-gate golden-retriever half-pipe high-chair hot-dog light-bulb
+    light-fixture light-house light-pole light-post light-switch new-york orange-juice orange-peel
+    orange-slice polar-bear rear-view running-shoe smart-phone stainless-steel swim-trunk
+    television-set third-base throw-blanket throw-pillow top-hat train-set wet-suit wild-flower""")
 # "a group of people" is one phrase, and people is its subject.
 QUANTITY = with_plurals("""abundance amount array assortment batch bit bite brood bunch cluster
     collection couple crowd dozen fleet flock fragment gang group half handful heap herd hundred
@@ -199,22 +220,43 @@ PICTURES = with_plurals("""close close-up closeup footage image photo photograph
     screenshot selfie shot snapshot up view""")
 # Times, events, manners, sports, abstractions: one cannot point at them. Nor at what ends as they
 # do, but for CONCRETE.
-NOT_THINGS = with_plurals("""accident adventure afternoon ages air am april attack attempt august
-    badminton battle birth birthday break bunt call century ceremony choice christmas cm color
-    concert contest contrast crash day daytime death december delight discussion dozen dusk
-    earthquake easter effect effort entertainment evening event example excitement expression
-    fashion february feel festival fight flight focus friday fun funeral future game golf grip
-    haircut halloween health height help history hockey holiday homework hour incident interest
-    interview january job joke journey joy july jump june kind kiss length lesson level life look m
-    marathon match matches matter meeting midair midst ml mm mode moment monday month morning
-    movement mph music nap nature need news night november october order parade party picnic play pm
-    practice pressure process progress protest purpose race rest ride safety saturday season
-    september serve show size skiing skill sleep sort speech speed spirit strike stunt style summer
-    sunday surgery surroundings talk temperature tennis thought thursday time today tonight tour
-    tournament transit transport trick trip tuesday turn twilight type unison use variety victory
-    vision visit volley wait war weather wedding wednesday week weekend wind winter wonder work year
-    """)
-ABSTRACT = re.compile(r".*(?:ness|ism|[ae]nce|it(?:y|ie)|(?<!ic)ation|[^a]tion)s?$")
+NOT_THINGS = with_plurals("""access accident action advantage adventure advice afternoon ages
+    agreement aim air am amazement anger anniversary appetite approach april arrival aspect
+    assistance attack attempt attention attitude august authority backhand badminton balance battle
+    bedtime behalf behavior belief benefit birth birthday break budget bunt call campaign career
+    cartwheel cause celebration century ceremony championship chance chase choice christmas
+    circumstance cm color comment compassion competition concept concern concert confusion contest
+    contrast cost courage crash crime danger dawn day daytime death debate decade december decision
+    defeat delay delight demand departure desire development dinnertime disaster discussion dozen
+    dunk duration dusk earthquake easter effect effort election emergency emotion employment
+    entertainment era escape evening event example excitement experience explosion expression
+    extension failure faith fame fashion fate favor fear february feel feeling festival fight flight
+    focus forehand freedom friday friendship ft fun funeral fury future gallon game gb gender golf
+    grace grip growth guidance guilt haircut halftime halloween handstand happiness harm haste
+    hazard health hearing height help history hockey holiday homerun homework hope hour humor hunger
+    hurricane hurry idea illusion impact importance impression incident income independence
+    influence inspiration intent intention interest interview invasion investigation issue january
+    job joke journey joy july jump june justice kg kind kindness kiss knowledge l labor lack laugh
+    laughter layup lb lbs leadership learning leisure length lesson level liberty life lifestyle
+    liter look luck lunchtime m magic maneuver manner marathon marriage match matches matter meaning
+    meeting memory mercy method midair midday midnight midst mind mission mistake ml mm mode moment
+    monday month mood morning motion movement mph music myth nap nature need news night nighttime
+    noise noon notice november occasion october ollie opinion option order origin outskirts oz pace
+    pain panic parade party passion past pcs peace percent permission philosophy picnic play
+    playtime pleasure pm policy politics possession poverty practice praise presence pressure pride
+    privacy problem process profit progress prominence promise proof protest purpose pursuit quality
+    quest question race rally rate reality reason recovery rehearsal relationship religion research
+    rest result retirement rhythm ride risk role romance routine rule sadness safety sake saturday
+    scandal schedule search season sense september serve session shame shock show significance
+    silence situation size skiing skill sleep smell solitude somersault sort speech speed spirit
+    springtime stability stance status strategy strength stress strike struggle stunt style success
+    summer summertime sunday surgery surprise surroundings talk task taste temperature tennis
+    tension theory thought thrill thursday time timing today tonight topic touch touchdown tour
+    tournament tradition training transit transport treatment trend trial trick trip trouble truth
+    tuesday turn twilight type unison use vacation value variety verdict victory violence vision
+    visit volley vote wait wake war wealth weather wedding wednesday week weekend weeknight welfare
+    wheelie will wind winter wintertime wisdom wish wonder work worry x year zeal""")
+ABSTRACT = re.compile(r".*(?:ness|ism|[ae]nc[ey]|it(?:y|ie)|(?<!ic)ation|[^a]tion|(?:er|nd|on)ship)s?$")
 CONCRETE = with_plurals("""ambulance amenity appliance audience city collection community
     construction contraption creation decoration entrance facility fence formation foundation
     harness installation institution intersection junction location protection reflection residence
@@ -233,10 +275,16 @@ TAKING = """do does doing gave get getting give gives giving has have having mak
     standing stands take taken takes taking took""".split()
 # What most often does what a verb says: in "a man in a hat riding a horse" the man rides. After
 # "the", the first alone; after "a", any noun, but for words of MANY ("a few street signs").
-PEOPLE = """batter boy cat child dog girl guy lady man person pitcher player rider skater skier
-    surfer woman""".split()
+PEOPLE = """actor athlete baby batter bear boy bride brother bull cat catcher chef child clown coach
+    conductor couple cow cowboy crew crowd cyclist dad dancer daughter doctor dog driver duck
+    elephant family fan farmer father fisherman friend giraffe girl goalie goat golfer groom guy
+    gymnast horse hound husband king kitten lady lion man mayor mechanic mom monkey mother musician
+    nurse officer owner person pitcher player president prince princess puppy queen referee rider
+    sailor senator sheep singer sister skater skier soldier son student surfer surgeon swimmer
+    teacher team toddler trainer umpire waiter waitress wife woman worker zebra""".split()
 MOVERS = with_plurals(" ".join(PEOPLE)) | with_plurals("""airplane bird boat bus children couple cow
     elephant horse men people plane team train truck women""")
+OWNERS = ("his", "her", "its", "their")
 SINGULAR = ("a", "an", "one", "another", "each", "every")
 MANY = QUANTITY | {"few", "several", "many"}
 
@@ -312,7 +360,7 @@ INSIDE = ARTICLES + ADJ + PARTICIPLE + NUM + GENITIVE  # stands in one, before i
 PREPS = PREP + LINK
 BETWEEN = START + JOINTS + PREPS  # stands before one
 PLACES = PREPS + UP + ADV
-FOLLOWS = PLACES + TO + SUB + JOINTS + MARK + OPENERS + NEARBY + PRON + THAT + BE  # follows a verb
+FOLLOWS = PLACES + TO + SUB + JOINTS + MARK + OPENERS + NEARBY + PRON + THAT  # follows a verb
 
 # What a test of a rule looks at: all words and tags; tags from index on are classes.
 Near = namedtuple("Near", "words tags index before word after left2 right2")
@@ -325,9 +373,9 @@ def is_person(word):
 def after_one(at):
     """The noun before is one of its kind, so no plural follows it: a bird *perches* on."""
     near = "".join(at.tags[max(2, at.index - 8) : at.index])
-    phrase = re.search("[DC](?:[JZNSU]|[,K](?=[JK]))*$", near)
+    phrase = re.search("[DCP](?:[JZNSU]|[,K](?=[JK]))*$", near)
     before = at.words[at.index - len(phrase[0]) : at.index] if phrase else [""]
-    if before[0] == "the":
+    if before[0] == "the" or before[0] in OWNERS:
         return at.before in PEOPLE
     return before[0] in SINGULAR and at.word[-1] == "s" and not MANY.intersection(before)
 
@@ -348,6 +396,19 @@ def compounds(at):
     return placed and at.word not in ING_STATE and at.after not in MOVERS
 
 
+def hand_in_hand(at):
+    """Walk *hand* in *hand*."""
+    i = at.index
+    return (at.after in ("in", "to", "by") and at.words[i + 2] == at.word) or (at.before in ("in", "to", "by") and at.words[i - 2] == at.word)
+
+
+def in_clothes(at):
+    """The first verb: a man in a hat *waves* to, two men in full gear *climb* up."""
+    some = "".join(at.tags[2 : at.index])
+    of = re.match("[DP]?[JZCNSU]*([NS])I[DPJZCNSUK]*$", some)
+    return of and "in" in at.words[: at.index] and (of[1] == PLURAL) == (at.tags[at.index] == RIDE) and is_person(at.words[1+of.end(1)])
+
+
 def owns(at):
     """A person, and the apostrophe is missing: a *persons* back."""
     return at.word == "mans" or at.before in ("a", "an") and is_person(at.word[:-1])
@@ -360,7 +421,7 @@ RULES = (
     (ALL, ANY, DET, ADV, lambda at: at.word == "both" and at.after in SINGULAR),
     (ADJ, NOUNS, RIGHT, ADV, lambda at: at.word in LOCATIONS),  # zebra *bottom* left
     (ADJ, NOUN, ANY, NOUN, lambda at: at.word in LOCATIONS),  # a hill *top*
-    (ADJ, ARTICLES, PLACES + VERB, NOUN, lambda at: at.word[-1] == "y"),  # a *guppy* in
+    (ADJ, DET + POSS, PLACES + VERB + MARK, NOUN, lambda at: at.word[-1] in "yl" and at.before != "all"),  # a *guppy* in
     (ORANGE, ANY, JOINTS, ADJ, lambda at: at.right2 == ADJ),  # an *orange* and red bus
     (ORANGE, NOUN, ANY, NOUN),  # a street *light*
     (ORANGE, ANY, RIDING, ADJ, lambda at: at.word not in LEXICON and at.right2 in THINGS),
@@ -371,6 +432,7 @@ RULES = (
     (NOUN, ADJ, THINGS, ADJ, lambda at: at.word in FORMS),  # a long *sleeve* shirt
     # *mountain* climbing
     (NOUN + ORANGE + RIDE, NOUNS + BE + VERB, RIDING, ADV, lambda at: at.after in ACTIVITIES),
+    (NOUN, ANY, ANY, ADV, lambda at: hand_in_hand(at)),
     (NOUN, PLURAL + INF, OPENERS, VERB),  # to *pedal* a bike
     (NOUN, PLURAL, PLACES, VERB, lambda at: at.left2 in START + NUM),  # two men *grapple* on
     (PLURAL + LIGHTS, NOUN + DEGREE, OPENERS, VERB),  # a boy *pedals* his bike
@@ -384,6 +446,8 @@ RULES = (
     (RIDE, JOINTS, ANY, VERB, lambda at: at.left2 == VERB),  # sit and *ride*
     (RIDE, PLURAL + BE, NEXT + FOLLOWS, VERB),  # people *ride* on
     (RIDE, NOUN, OPENERS + PRON, VERB, lambda at: is_person(at.before)),  # a man *beat* it
+    (RIDE, NOUN, FOLLOWS, VERB, lambda at: at.before in ("family", "team", "crowd", "couple", "crew")),  # the family *wave* from
+    (RIDE + LIGHTS + PLURAL, NOUN, PLACES + OPENERS + NOUN, VERB, in_clothes),
     (RIDE, NOUN + COMMA, OPENERS + PLACES, VERB, after_two),  # a man and a woman *ride* on
     (PAINTING, PLURAL + BE + PRON + VERB, ANY, ING),  # people *painting*
     (PAINTING, NOUN, OPENERS, ING),  # a worker *painting* a wall
@@ -393,6 +457,7 @@ RULES = (
     (RIDING, INSIDE + DEGREE, NEXT + VERB, PARTICIPLE),
     (RIDING, BETWEEN + VERB + ING, NEXT + VERB, PARTICIPLE, lambda at: at.word in ING_STATE),
     (RIDING, PREPS, THINGS + PARKED + PAINTING, PARTICIPLE, lambda at: at.before in ("of", "with")),
+    (PLURAL, START, NOUN + ADJ, OWNER, lambda at: at.word in ("kids", "boys", "girls", "ladies")),  # kids rain boots
     (RIDING, ARTICLES, ANY, NOUN),  # the *landing*
     (PARKED, INSIDE + BETWEEN + DEGREE + VERB + ING + NOUN, NEXT, PARTICIPLE),  # *parked* cars
     (PARKED, ARTICLES, UP + PREP, PARTICIPLE, lambda at: at.right2 in NOUNS + ADJ),
@@ -400,13 +465,16 @@ RULES = (
     (PARKED, ARTICLES, RIGHT, PARTICIPLE),  # a *broken* left wing
     (PARKED, ARTICLES, ANY, NOUN),  # a *set* of
     (PARKED, ADJ, VERB, NOUN),  # a small *dug* sits
+    (PARKED, NOUN, COMMA + MARK, NOUN, lambda at: at.word == "set"),  # a sheet *set*
     (PARKED, START, LINK, NOUN, lambda at: at.word in QUANTITY),  # *set* of
+    (DET, ANY, VERB + RIDES, PRON, lambda at: at.word in ("another", "each", "this") and at.after[-1] == "s"),  # another *sits*
     (VERB, INSIDE, ANY, NOUN),  # a *stare* at
     # in red *smiles*
     (RIDES, ADJ, ANY, VERB, lambda at: at.words[at.index - 2] in ("in", "wearing", "wears")),
     (RIDES, INSIDE + PREPS + START + COMPOUND, ANY, PLURAL),  # two *rides*
     (TO, ANY, VERB + BE, INF),  # *to* eat
     (TO, ANY, RIDE, INF, lambda at: at.before != "next"),  # *to* ride
+    (TO, ANY, NOUN, INF, lambda at: at.right2 in OPENERS and at.before != "next"),  # *to* don a hat
     (TO, ANY, PARKED, INF, lambda at: at.after in ("cut", "put", "set", "shut")),
     (BACK, ARTICLES + ADJ + GENITIVE + OWNER + PREPS + START, ANY, NOUN),  # the *back* of
     (NEARBY, ARTICLES + ADJ, ANY, ADJ),  # a *nearby* house
