@@ -85,41 +85,61 @@ VERBS = {
     trim tug type view wave whisk""",
 }
 WORDS = {
-    ADJ: """able adjacent african ajar alert alpine amber american artisan asian asleep awake bad
-    bald bare barefoot baroque barren beige best better big bitter black blank blind blond blonde
-    blue bottom brief bright broad bronze brown brunette calico calm casual center certain cheap
-    chic clean clear close closed coarse cold common compact complete complex cool copper crisp cute
-    cyan dark dead deep dense desolate different drab dual dull dumb dutch early eastern elaborate
-    elderly electric elegant enough entire equestrian european external extreme fair fake fancy far
-    fast fat favorite feminine few final fine first flat foreign formal free french fresh front full
-    gay gentle german gilt gold golden good gourmet grand grave gray great greek green grey gross
-    handheld handicap handmade hard high hind homemade hot huge human humane idle important indian
-    indoor inner intense intricate inverted irish jumbo juvenile khaki korean large last late latin
-    lavender little live lone long loose loud low lush magenta main major makeshift manual maroon
-    medium metropolitan mexican middle mini miniature minor mixed mobile modern modest much multi
-    multiple naked narrow nearest neat neon new next nice odd old only open opposite optic oral
-    ornate other outdoor outer overcast overgrown overripe own pale parallel pastel peculiar perfect
-    pink pinkish plain plush poor posh pristine private prominent proper public pure purple quaint
-    quick quiet rare raw real recent red retro rich ripe roman rotten rough round rundown sad safe
-    same second separate several shallow sharp sheer shorn short sick silent silver similar simple
-    single sleek slender slight slim slow small smart smiley smooth soft solar solemn solid somber
-    spare sparse spicy squat stark steep straight strange striped strong suburban such sure sweet
-    swiss tall tan teal teenage tender thick thin third tight top trim triple true turquoise twin
-    ugly unfinished unique unknown unmade unripe upper upscale upside urban vast victorian vintage
-    warm weird western wet white whole wicker wide wild wooden woolen wrong yellow young""",
-    NOUN: """animal army assembly baby balcony belly body buddy buggy bunny butterfly canal candy
-    canopy canvas cathedral cereal ceremony charcoal cherry christmas comic cooler coral corral
-    crystal dairy daisy elephant enemy evening family ferry garlic garnish gas goldfish gravy
-    hospital husky infant ivy jelly kitty lady lens library liver lobby locomotive medal memorial
-    metal morning mosaic mummy mural music numeral owner party patty picnic plastic pony president
-    priest property puppy restaurant shed shelving sky sled spring stable student study tabby teddy
-    teenager terminal thing topper traffic trolly vegetable warmer""",
+    ADJ: """able absurd accurate acute adequate adjacent afghan african ajar alert alive alpine
+    amber american argentine artisan asian asleep austrian awake aware awkward axial bad bald bare
+    barefoot baroque barren beige best better big bilateral bitter bizarre black bland blank bleak
+    blind blond blonde blue blunt bottom brave brief bright brisk broad broke bronze brown brunette
+    buddhist bulgarian calico calm careful casual center certain cheap chic clean clear clever close
+    closed coarse cold common compact complete complex cool copper corporate correct crimson crisp
+    crude cuban curt cute cyan czech damp dark dead decent deep deft delicate dense desolate
+    desperate different diverse drab drowsy dual dull dumb dutch eager early eastbound eastern
+    elaborate elderly electric elegant enough entire equestrian european exact exquisite external
+    extreme faint fair fake familiar fancy far fast fat favorite feminine feral fertile few fierce
+    fiery final fine finite first flat foreign formal former fragile frail frantic free french fresh
+    front full fullsize gaunt gay gentle german giddy gilt glad gloomy gold golden good gourmet
+    grand grave gray great greek green grey grim gross handheld handicap handmade hard hasty hefty
+    high hind hoarse hollow homemade hot huge human humane humid hungarian icy idle immature immense
+    important incomplete indian indoor infinite inner intact intense intimate intricate inverted
+    iraqi irish israeli jagged jamaican jewish jolly jumbo juvenile keen kenyan khaki korean large
+    last late latin lavender lax lightweight little live lone long loose loud low lunar lush magenta
+    main major makeshift manual maroon masculine mature medium meek mellow metropolitan mexican
+    middle midsize mild mini miniature minor mixed mobile modern modest moist much multi multiple
+    muslim mute naive naked narrow nearest neat neon nepalese new newborn next nice northbound
+    northeastern northwestern obese odd old only opaque open opposite optic oral ornate other
+    outdoor outer overcast overgrown overripe oversize overweight own pakistani pale parallel
+    passionate pastel peculiar perfect petite pink pinkish placid plain plump plush polite poor posh
+    premature prim pristine private prominent prone proper proud public pure purple quaint queer
+    quick quiet rare raw real recent red retro rich rigid ripe robust rogue roman rotten rough round
+    rundown sad safe same scarce secluded second secure separate serene several severe shallow sharp
+    sheer shorn short shrewd sick silent silver similar simple sincere single sleek slender slick
+    slight slim slow small smart smiley smooth snug sober soft solar sole solemn solid somber sore
+    southbound southeastern spare sparse spicy spotless squat stale stark steep stern stiff stout
+    straight strange stray striped strong sturdy sublime subtle suburban such sudden superb supple
+    sure svelte sweet swift swiss swollen syrian tall tame tan taut teal teenage tender tense tepid
+    terse thick thin third tibetan tight top trendy trim triple true turquoise twelfth twin ugly
+    uneven unfinished unique unknown unmade unripe unsafe unseen upbeat upmarket upper upscale
+    upside urban vague vast verdant victorian vile vintage vivid warm wary weak weird westbound
+    western wet white whole wicker wide widespread wild wooden woolen worthwhile wrong wry yellow
+    young""",
+    NOUN: """academy animal anomaly army assembly autopsy baby balcony belly biopsy body boundary
+    buddy buggy bully bunny butterfly canal candy canopy canvas cathedral cavalry cereal ceremony
+    charcoal cherry christmas comic company cooler coral corral crystal dairy daisy deputy doily
+    elephant embassy enemy evening family ferry galaxy garlic garnish gas goldfish gravy gully gypsy
+    hobby holly hospital husky infant infantry ivy jelly kitty lady lens library lily liver lobby
+    locomotive medal memorial metal morning mosaic mummy mural music nanny numeral owner party
+    patriarchy patty picnic plastic pony poppy president priest property puppy rally remedy
+    restaurant shed shelving sky sled spring stable student study supply tabby teddy teenager
+    terminal thing topper traffic tragedy trolley trolly vegetable warmer whisky""",
     PLURAL: "buffalo cattle children deer feet geese men mice people police sheep teeth women",
-    VERB: "ate came fell flew got laid ran rode sat saw stood swam threw took went woke wore wrote",
-    PARKED: """bent bitten blown bought bound broken built burnt caught clad cut done drawn driven
-    dug eaten fallen fed flown found frozen gone grown held hidden hung inlaid kept laden laid led
-    lit lost made overgrown paid put ridden seen set shot shown shut sold split stolen strewn strung
-    stuck taken taught thrown told torn won worn woven written""",
+    VERB: """ate became began blew broke came chose drank drove fell felt flew gave got grew knelt
+    laid leapt meant met ran rang rode said sang sank sat saw shook slept slid spent spoke sprang
+    stole stood struck stuck swam swore threw took tore went wept withdrew woke won wore wrote""",
+    PARKED: """beaten bent bitten blown born bought bound broken brought built burnt caught chosen
+    clad cut dealt done drawn driven dug eaten fallen fed flown forgotten found frozen given gone
+    grown held hidden hung inlaid kept known laden laid led lit lost made mistaken overgrown paid
+    proven put rebuilt ridden seen sent set shaken shot shown shut slain sold split sprung spun
+    stolen strewn strung stuck sunk swept taken taught thrown told torn undone woken won worn woven
+    written""",
     PAINTING: """awning bedding building carving ceiling clothing covering crossing drawing dressing
     earring filling flooring frosting icing landing lettering lighting lining netting offering
     opening painting plumbing pudding railing ring seating serving setting string stuffing topping
@@ -135,10 +155,11 @@ WORDS = {
     through throughout toward towards under underneath unlike until upon via w/ w/o with within
     without""",
     UP: "aboard about around by down inside off out outside over up",
-    ADV: """afar again ago ahead airborne alone also always apart ashore away downhill downstairs
-    downward downwards else even everywhere halfway here how indoors instead just never not now once
-    outdoors outward rather sideways somewhere soon still then there together too uphill upright
-    upstairs upwards""",
+    ADV: """abroad afar again ago ahead airborne alone also altogether always anywhere apart apiece
+    ashore aside away backstage downhill downstairs downward downwards else elsewhere even ever
+    everywhere farther further halfway here how indoors instead just maybe meanwhile never not now
+    often once outdoors outward overnight perhaps rather sideways sometimes somewhere soon still
+    then there together too twice uphill upright upstairs upwards yet""",
     NEARBY: "backward backwards forward nearby overhead underwater",
     DEGREE: "almost extra less more most otherwise pretty quite so somewhat super very well",
     BE: "am are aren't be been being is isn't was were",
