@@ -70,19 +70,19 @@ VERBS = {
     undergo unload unpack unveil unwind unwrap urge vow wade wander want wear weave weigh welcome
     wield wrangle wrestle write yank yawn zoom""",
     (RIDE, RIDES): """attack balance bark battle beat bend bite blow bounce brace brush bump capture
-    catch change chase chat cheer claim clap climb combine cook crash cross cut dance display dive
-    drag draw drive escape exhibit exit face fall feature feed fight finish flip float fly gain
+    cast catch change chase chat cheer claim clap climb combine cook crash cross cut dance display
+    dive drag draw drive escape exhibit exit face fall feature feed fight finish flip float fly gain
     glance greet grin heat help hit hug hunt hurt jump kick lead leap lift look lounge measure move
     nap parade pause peek photograph pick play plow point poke pose practice pull push race reach
-    repair rescue rest return ride rip rise rub run salute scan search serve shake shine shoot shout
-    show slap sleep slide smell smile snap sniff sort spin squat stand stare start stretch strike
-    stroll struggle support surf suspect sweep swing tackle talk taste tear tilt toss touch tow
-    travel turn use vie visit vote wait walk wash watch welcome whisper wipe work yawn""",
+    repair rescue rest return ride rip rise roast rub run salute scan search serve shake shine shoot
+    shout show slap sleep slide smell smile snap sniff sort spin squat stand stare start stretch
+    strike stroll struggle support surf suspect sweep swing tackle talk taste tear tilt toss touch
+    tow travel turn use vie visit vote wait walk wash watch welcome whisper wipe work yawn""",
     (RIDE, LIGHTS): """bat block board comb cover crowd dart dress drink drop fence film fry glow
-    guard knot land leave light line load mirror mount pack paddle paint park pet pitch place plant
-    post pump rally roll row sail sample share shop shovel shred signal skate sketch ski slice sling
-    smoke sport spray spread sprinkle stack stalk step stick stitch stop tie trail train trek trick
-    trim tug type view wave whisk""",
+    grill guard knot land leave light line load mirror mount pack paddle paint park pet pitch place
+    plant post pump rally roll row sail sample share shop shovel shred signal skate sketch ski slice
+    sling smoke sport spray spread sprinkle stack stalk step stick stitch stop tie trail train trek
+    trick trim tug type view wave whisk""",
 }
 WORDS = {
     ADJ: """able absurd accurate acute adequate adjacent afghan african ajar alert alive alpine
@@ -97,8 +97,8 @@ WORDS = {
     extreme faint fair fake familiar fancy far fast fat favorite feminine feral fertile few fierce
     fiery final fine finite first flat foreign formal former fragile frail frantic free french fresh
     front full fullsize gaunt gay gentle german giddy gilt glad gloomy gold golden good gourmet
-    grand grave gray great greek green grey grim gross handheld handicap handmade hard hasty hefty
-    high hind hoarse hollow homemade hot huge human humane humid hungarian icy idle immature immense
+    grand gray great greek green grey grim gross handheld handicap handmade hard hasty hefty high
+    hind hoarse hollow homemade hot huge human humane humid hungarian icy idle immature immense
     important incomplete indian indoor infinite inner intact intense intimate intricate inverted
     iraqi irish israeli jagged jamaican jewish jolly jumbo juvenile keen kenyan khaki korean large
     last late latin lavender lax lightweight little live lone long loose loud low lunar lush magenta
@@ -121,15 +121,16 @@ WORDS = {
     upside urban vague vast verdant victorian vile vintage vivid warm wary weak weird westbound
     western wet white whole wicker wide widespread wild wooden woolen worthwhile wrong wry yellow
     young""",
-    NOUN: """academy animal anomaly army assembly autopsy baby balcony belly biopsy body boundary
-    buddy buggy bully bunny butterfly canal candy canopy canvas cathedral cavalry cereal ceremony
-    charcoal cherry christmas comic company cooler coral corral crystal dairy daisy deputy doily
-    elephant embassy enemy evening family ferry galaxy garlic garnish gas goldfish gravy gully gypsy
-    hobby holly hospital husky infant infantry ivy jelly kitty lady lens library lily liver lobby
-    locomotive medal memorial metal morning mosaic mummy mural music nanny numeral owner party
-    patriarchy patty picnic plastic pony poppy president priest property puppy rally remedy
-    restaurant shed shelving sky sled spring stable student study supply tabby teddy teenager
-    terminal thing topper traffic tragedy trolley trolly vegetable warmer whisky""",
+    NOUN: """academy agency animal anomaly army assembly autopsy baby balcony belly biopsy body
+    boundary buddy buggy bully bunny butterfly canal candy canopy canvas cathedral cavalry cereal
+    ceremony charcoal cherry christmas comic company cooler coral corral crystal dairy daisy deputy
+    doily economy elephant embassy enemy evening family ferry galaxy garlic garnish gas germany
+    goldfish gravy gully gypsy hobby holly hospital hungary husky infant infantry italy ivy jelly
+    kitty lady lens library lily liver lobby locomotive medal memorial metal morning mosaic mummy
+    mural music nanny numeral owner party patriarchy patty picnic plastic pony poppy president
+    priest property puppy rally remedy restaurant shed shelving sky sled spring stable student study
+    supply tabby teddy teenager terminal thing topper traffic tragedy trolley trolly vegetable
+    warmer whisky""",
     PLURAL: "buffalo cattle children deer feet geese men mice people police sheep teeth women",
     VERB: """ate became began blew broke came chose drank drove fell felt flew gave got grew knelt
     laid leapt meant met ran rang rode said sang sank sat saw shook slept slid spent spoke sprang
@@ -147,19 +148,19 @@ WORDS = {
     ORANGE: "adult antique female giant half light male orange oval plaid rear square",
     DET: "a an another any each either every neither no some the these this those",
     POSS: "his its my our their whose your",
-    PRON: """anyone everyone everything he herself him himself i it itself me nobody nothing ones
-    others she someone something them themselves they us we what you""",
+    PRON: """anyone eachother everyone everything he herself him himself i it itself me nobody
+    nothing ones others she someone something them themselves they us we what you""",
     NUM: "eight eleven five four hundred nine seven six ten thousand three twelve two",
-    PREP: """above across after against along alongside amidst among at atop before behind below
-    beneath beside between beyond despite during except for in into like near on onto past than
-    through throughout toward towards under underneath unlike until upon via w/ w/o with within
-    without""",
+    PREP: """above across after against along alongside amid amidst among amongst at atop before
+    behind below beneath beside besides between beyond despite during except for in into like near
+    on onto past per than through throughout thru til till toward towards under underneath unlike
+    until upon versus via w/ w/o with within without""",
     UP: "aboard about around by down inside off out outside over up",
     ADV: """abroad afar again ago ahead airborne alone also altogether always anywhere apart apiece
     ashore aside away backstage downhill downstairs downward downwards else elsewhere even ever
     everywhere farther further halfway here how indoors instead just maybe meanwhile never not now
-    often once outdoors outward overnight perhaps rather sideways sometimes somewhere soon still
-    then there together too twice uphill upright upstairs upwards yet""",
+    often once online onstage outdoors outward overnight perhaps rather sideways sometimes somewhere
+    soon still then there together too twice uphill upright upstairs upwards yet""",
     NEARBY: "backward backwards forward nearby overhead underwater",
     DEGREE: "almost extra less more most otherwise pretty quite so somewhat super very well",
     BE: "am are aren't be been being is isn't was were",
@@ -214,12 +215,17 @@ DEGREES = ("(er|est)$", ""), ("(?<=e)(r|st)$", ""), (r"(.)\1(er|est)$", r"\1"), 
 # chair") and after a preposition of place ("near loading dock").
 ING_ALWAYS = """baking charging cutting dining frying gaming hiking living parking roasting sewing
     shopping steering swimming vending""".split()
-ING_STATE = """amazing appearing bleeding blinking blooming breaking burning cheering crashing
-    crumbling crying drooping dying eating falling flaming floating flowing flying glistening
-    glowing hanging incoming interesting jumping laughing leaning looking matching moving oncoming
-    passing peeling rising rolling running rushing setting shining sinking sitting sloping smiling
-    smoking soaring sparkling standing staring striking surrounding towering twisting walking
-    winding working""".split()
+ING_STATE = """amazing appearing barking beaming billowing bleeding blinking blooming blossoming
+    boiling bouncing breaking bubbling burning cascading cheering crashing crawling crumbling crying
+    curving dangling decaying drifting dripping drooping dying eating fading falling flaming
+    flapping flashing flickering floating flowing fluttering flying galloping gleaming glistening
+    glowing grinning hanging hovering howling incoming interesting jumping kneeling laughing leaning
+    leaping limping looking lounging lurking matching melting moving oncoming overflowing
+    overhanging passing peeling pouncing prancing prowling rising roaring rolling rotting running
+    rushing screaming setting shimmering shining simmering sinking sitting sizzling slanting sloping
+    smiling smoking smoldering snarling soaring sparkling spiraling sprawling squirming standing
+    staring steaming striking surrounding swaying swirling teetering towering trailing tumbling
+    twinkling twisting undulating wagging walking weeping wilting winding working yawning""".split()
 FORMS = ("fit", "length", "neck", "size", "sleeve", "story", "style")
 PLACING = ("by", "near", "beside", "at", "on", "in", "under", "behind")
 ACTIVITIES = """biking boarding climbing diving fishing sailing shopping skating skiing surfing
@@ -246,37 +252,39 @@ NOT_THINGS = with_plurals("""access accident action advantage adventure advice a
     assistance attack attempt attention attitude august authority backhand badminton balance battle
     bedtime behalf behavior belief benefit birth birthday break budget bunt call campaign career
     cartwheel cause celebration century ceremony championship chance chase choice christmas
-    circumstance cm color comment compassion competition concept concern concert confusion contest
-    contrast cost courage crash crime danger dawn day daytime death debate decade december decision
-    defeat delay delight demand departure desire development dinnertime disaster discussion dozen
-    dunk duration dusk earthquake easter effect effort election emergency emotion employment
+    circumstance cm color comment compassion competition concept concern concert confusion contact
+    contest contrast cost courage crash crime danger dawn day daytime death debate decade december
+    decision defeat delay delight demand departure desire development dinnertime disaster discussion
+    dozen dunk duration dusk earthquake easter effect effort election emergency emotion employment
     entertainment era escape evening event example excitement experience explosion expression
     extension failure faith fame fashion fate favor fear february feel feeling festival fight flight
     focus forehand freedom friday friendship ft fun funeral fury future gallon game gb gender golf
     grace grip growth guidance guilt haircut halftime halloween handstand happiness harm haste
     hazard health hearing height help history hockey holiday homerun homework hope hour humor hunger
-    hurricane hurry idea illusion impact importance impression incident income independence
+    hurricane hurry idea illusion impact importance impression inch incident income independence
     influence inspiration intent intention interest interview invasion investigation issue january
-    job joke journey joy july jump june justice kg kind kindness kiss knowledge l labor lack laugh
-    laughter layup lb lbs leadership learning leisure length lesson level liberty life lifestyle
-    liter look luck lunchtime m magic maneuver manner marathon marriage match matches matter meaning
-    meeting memory mercy method midair midday midnight midst mind mission mistake ml mm mode moment
-    monday month mood morning motion movement mph music myth nap nature need news night nighttime
-    noise noon notice november occasion october ollie opinion option order origin outskirts oz pace
-    pain panic parade party passion past pcs peace percent permission philosophy picnic play
-    playtime pleasure pm policy politics possession poverty practice praise presence pressure pride
-    privacy problem process profit progress prominence promise proof protest purpose pursuit quality
-    quest question race rally rate reality reason recovery rehearsal relationship religion research
-    rest result retirement rhythm ride risk role romance routine rule sadness safety sake saturday
+    job joke journey joy july jump june justice kg kind kindness kiss knowledge l labor lack
+    language laugh laughter layup lb lbs leadership learning leisure length lesson level liberty
+    life lifestyle liter look luck lunchtime m magic maneuver manner marathon marriage match matches
+    matter meaning meeting memory mercy method midair midday midnight midst mind mission mistake ml
+    mm mode moment monday month mood morning motion move movement mph music myth nap nature need
+    news night nighttime noise noon notice november occasion october ollie opinion option order
+    origin outbreak outskirts oz pace pain pandemic panic parade party passion past pcs peace
+    penalty percent permission philosophy picnic play playtime pleasure pm policy politics
+    possession poverty practice praise premiere presence pressure pride privacy problem process
+    profit progress prominence promise proof protest purpose pursuit quality quarantine quest
+    question race rally rate reality reason recovery rehearsal relationship religion research rest
+    result retirement rhythm ride risk role romance routine rule sadness safety sake saturday
     scandal schedule search season sense september serve session shame shock show significance
     silence situation size skiing skill sleep smell solitude somersault sort speech speed spirit
     springtime stability stance status strategy strength stress strike struggle stunt style success
-    summer summertime sunday surgery surprise surroundings talk task taste temperature tennis
-    tension theory thought thrill thursday time timing today tonight topic touch touchdown tour
-    tournament tradition training transit transport treatment trend trial trick trip trouble truth
-    tuesday turn twilight type unison use vacation value variety verdict victory violence vision
-    visit volley vote wait wake war wealth weather wedding wednesday week weekend weeknight welfare
-    wheelie will wind winter wintertime wisdom wish wonder work worry x year zeal""")
+    summer summertime sunday surgery surprise surroundings talk tantrum task taste temperature
+    tennis tension theme theory thought threat thrill thursday time timing today tonight topic touch
+    touchdown tour tournament tradition training transit transport treatment trend trial trick trip
+    trouble truth tuesday turn twilight type unison use vacation value variety verdict victory
+    violence vision visit volley vote wait wake war wealth weather wedding wednesday week weekend
+    weeknight welfare wheelie will wind winter wintertime wisdom wish wonder work worry x year zeal
+    """)
 ABSTRACT = re.compile(r".*(?:ness|ism|[ae]nc[ey]|it(?:y|ie)|(?<!ic)ation|[^a]tion|(?:er|nd|on)ship)s?$")
 CONCRETE = with_plurals("""ambulance amenity appliance audience city collection community
     construction contraption creation decoration entrance facility fence formation foundation
@@ -290,19 +298,22 @@ BALL_SPORTS = with_plurals("baseball basketball football soccer softball volleyb
 BARE = with_plurals("""bat bloom board class construction dinner display duty fire formation guard
     half hand horseback lunch place row sale service sunrise sunset tow town""")
 ARRAYS = ("row", "line", "circle", "group", "pile")
-ACTS = with_plurals("""bath bite bow drink guard hit hug kiss leap look place shot sip step swing
-    walk way""")
-TAKING = """do does doing gave get getting give gives giving has have having make makes making stand
-    standing stands take taken takes taking took""".split()
+ACTS = with_plurals("""bath bite bow catch cut drink flip guard hit hug kiss leap look place pose
+    shot sip spill spin step swing thumb walk way""")
+TAKING = """attempting attempts do does doing gave get getting give gives giving has have having
+    make makes making perform performing performs playing stand standing stands strike strikes
+    striking take taken takes taking took""".split()
 # What most often does what a verb says: in "a man in a hat riding a horse" the man rides. After
 # "the", the first alone; after "a", any noun, but for words of MANY ("a few street signs").
-PEOPLE = """actor athlete baby batter bear boy bride brother bull cat catcher chef child clown coach
-    conductor couple cow cowboy crew crowd cyclist dad dancer daughter doctor dog driver duck
-    elephant family fan farmer father fisherman friend giraffe girl goalie goat golfer groom guy
-    gymnast horse hound husband king kitten lady lion man mayor mechanic mom monkey mother musician
-    nurse officer owner person pitcher player president prince princess puppy queen referee rider
-    sailor senator sheep singer sister skater skier soldier son student surfer surgeon swimmer
-    teacher team toddler trainer umpire waiter waitress wife woman worker zebra""".split()
+PEOPLE = """actor artist athlete barber barista bartender batter bear bicyclist biker boy bride
+    brother bull cat catcher chef child clown coach conductor cop couple cow cowboy crew crowd
+    customer cyclist dad dancer daughter doctor dog driver duck elephant family fan farmer father
+    firefighter fireman fisherman friend giraffe girl goalie goat golfer grandfather grandmother
+    groom guy gymnast hiker horse hound husband king kitten lady lifeguard lion man mayor mechanic
+    mom monk monkey mother musician nurse officer owner passenger person photographer pilot pitcher
+    player policeman president prince princess puppy queen referee rider sailor senator sheep
+    shopper singer sister skater skier soldier son student surfer surgeon swimmer teacher team
+    toddler tourist trainer umpire vendor waiter waitress wife woman worker zebra""".split()
 MOVERS = with_plurals(" ".join(PEOPLE)) | with_plurals("""airplane bird boat bus children couple cow
     elephant horse men people plane team train truck women""")
 OWNERS = ("his", "her", "its", "their")
@@ -448,6 +459,7 @@ RULES = (
     (ORANGE, ANY, RIDING, ADJ, lambda at: at.word not in LEXICON and at.right2 in THINGS),
     (ORANGE, ANY, RIDES + RIDING + VERB, NOUN),  # an *orange* sits
     (ORANGE, ANY, RIGHT, NOUN, lambda at: at.right2 in LINK),  # a *square* left of
+    (ORANGE, ARTICLES, PLURAL + LIGHTS, NOUN, lambda at: at.right2 in OPENERS),  # a *medic* checks the
     (ORANGE, ANY, NOUNISH, ADJ),  # an *orange* bus
     (ORANGE, BE + DEGREE, ANY, ADJ),  # is *orange*
     (NOUN, ADJ, THINGS, ADJ, lambda at: at.word in FORMS),  # a long *sleeve* shirt
@@ -455,12 +467,13 @@ RULES = (
     (NOUN + ORANGE + RIDE, NOUNS + BE + VERB, RIDING, ADV, lambda at: at.after in ACTIVITIES),
     (NOUN, ANY, ANY, ADV, lambda at: hand_in_hand(at)),
     (NOUN, PLURAL + INF, OPENERS, VERB),  # to *pedal* a bike
-    (NOUN, PLURAL, PLACES, VERB, lambda at: at.left2 in START + NUM),  # two men *grapple* on
+    (NOUN, PLURAL, PLACES, VERB, lambda at: at.left2 in START + NUM or at.words[at.index - 2] in MANY),  # two men *grapple* on
     (PLURAL + LIGHTS, NOUN + DEGREE, OPENERS, VERB),  # a boy *pedals* his bike
     # a man stands and *bends* his knees
     (PLURAL, CONJ, OPENERS, VERB, lambda at: VERB in at.tags[: at.index][-9:]),
     (PLURAL + LIGHTS, PRON, ANY, VERB),  # as she *bends*
-    (LIGHTS, NOUN, NOUNS + ADJ, VERB, after_one),  # a chef *slices* onions
+    (LIGHTS, NOUN, NOUNS + ADJ, VERB, after_one),
+    (PLURAL, NOUN, NOUNS + ADJ, VERB, lambda at: at.before in PEOPLE and after_one(at)),  # a chef *slices* onions
     (PLURAL + LIGHTS, NOUN, FOLLOWS + RIDING, VERB, after_one),  # a bird *perches* on
     (PLURAL, ANY, THINGS + ADJ + BACK, OWNER, owns),  # a *mans* hat
     (RIDE, REL + PRON + AUX + INF, ANY, VERB),  # to *ride*
@@ -479,6 +492,7 @@ RULES = (
     (RIDING, BETWEEN + VERB + ING, NEXT + VERB, PARTICIPLE, lambda at: at.word in ING_STATE),
     (RIDING, PREPS, THINGS + PARKED + PAINTING, PARTICIPLE, lambda at: at.before in ("of", "with")),
     (PLURAL, START, NOUN + ADJ, OWNER, lambda at: at.word in ("kids", "boys", "girls", "ladies")),  # kids rain boots
+    (RIDING, START, LINK, NOUN),
     (RIDING, ARTICLES, ANY, NOUN),  # the *landing*
     (PARKED, INSIDE + BETWEEN + DEGREE + VERB + ING + NOUN, NEXT, PARTICIPLE),  # *parked* cars
     (PARKED, ARTICLES, UP + PREP, PARTICIPLE, lambda at: at.right2 in NOUNS + ADJ),
@@ -575,7 +589,7 @@ def is_thing(words, tags, first, last, subject):
         return False
     if before in ("says", "saying") and tags[first] != DET:
         return False  # a sign saying stop
-    if word == "corner" and after == "of" or word in ARRAYS and before == "in":
+    if word in ("corner", "form", "shape") and after == "of" or word in ARRAYS and before == "in":
         return False  # at the corner of, in a row
     if word in LOCATIONS and subject == last:
         return not {POSS, GENITIVE, OWNER}.isdisjoint(tags[first:last])
