@@ -122,15 +122,16 @@ WORDS = {
     western wet white whole wicker wide widespread wild wooden woolen worthwhile wrong wry yellow
     young""",
     NOUN: """academy agency animal anomaly army assembly autopsy baby balcony belly biopsy body
-    boundary buddy buggy bully bunny butterfly canal candy canopy canvas cathedral cavalry cereal
-    ceremony charcoal cherry christmas comic company cooler coral corral crystal dairy daisy deputy
-    doily economy elephant embassy enemy evening family ferry galaxy garlic garnish gas germany
-    goldfish gravy gully gypsy hobby holly hospital hungary husky infant infantry italy ivy jelly
-    kitty lady lens library lily liver lobby locomotive medal memorial metal morning mosaic mummy
-    mural music nanny numeral owner party patriarchy patty picnic plastic pony poppy president
-    priest property puppy rally remedy restaurant shed shelving sky sled spring stable student study
-    supply tabby teddy teenager terminal thing topper traffic tragedy trolley trolly vegetable
-    warmer whisky""",
+    boundary broker buddy buggy bully bunny butterfly canal candy canopy canvas casualty cathedral
+    cavalry cereal ceremony charcoal cherry christmas cleaner colony comedy comic company cooler
+    coral corral county crystal curry daddy dairy daisy damper deputy diary dimmer doggy doily
+    economy elephant embassy enemy evening fairy family ferry foreigner galaxy garlic garnish gas
+    germany goldfish gravy gully gypsy hobby holly hospital hungary husky infant infantry italy ivy
+    jelly kitty lady lens library lily liver lobby locomotive loner medal melody memorial metal
+    mommy morning mosaic mummy mural music nanny numeral opener owner party patriarchy patty penny
+    picnic piggy plastic pony poppy president priest primer property puppy quarry rally remedy
+    restaurant ruby shed shelving sky sled spring spy stable student study supply symphony tabby
+    teddy teenager terminal thing topper traffic tragedy trolley trolly vegetable warmer whisky""",
     PLURAL: "buffalo cattle children deer feet geese men mice people police sheep teeth women",
     VERB: """ate became began blew broke came chose drank drove fell felt flew gave got grew knelt
     laid leapt meant met ran rang rode said sang sank sat saw shook slept slid spent spoke sprang
@@ -146,7 +147,7 @@ WORDS = {
     opening painting plumbing pudding railing ring seating serving setting string stuffing topping
     wedding wing writing""",
     ORANGE: "adult antique female giant half light male orange oval plaid rear square",
-    DET: "a an another any each either every neither no some the these this those",
+    DET: "a an another any each either every neither some the these this those",
     POSS: "his its my our their whose your",
     PRON: """anyone eachother everyone everything he herself him himself i it itself me nobody
     nothing ones others she someone something them themselves they us we what you""",
@@ -162,7 +163,7 @@ WORDS = {
     often once online onstage outdoors outward overnight perhaps rather sideways sometimes somewhere
     soon still then there together too twice uphill upright upstairs upwards yet""",
     NEARBY: "backward backwards forward nearby overhead underwater",
-    DEGREE: "almost extra less more most otherwise pretty quite so somewhat super very well",
+    DEGREE: "almost extra less more most no otherwise pretty quite so somewhat super very well",
     BE: "am are aren't be been being is isn't was were",
     AUX: "can't cannot could may might must should will would",
     CONJ: "& / and and/or but nor or",
@@ -228,6 +229,7 @@ ING_STATE = """amazing appearing barking beaming billowing bleeding blinking blo
     twinkling twisting undulating wagging walking weeping wilting winding working yawning""".split()
 FORMS = ("fit", "length", "neck", "size", "sleeve", "story", "style")
 PLACING = ("by", "near", "beside", "at", "on", "in", "under", "behind")
+DISHES = with_plurals("casserole curry dish omelet pie pizza salad sandwich soup stew")
 ACTIVITIES = """biking boarding climbing diving fishing sailing shopping skating skiing surfing
     """.split()
 # Words that belong to the noun after them: "hot dog" is a subject.
@@ -237,11 +239,15 @@ FIXED = with_plurals("""big-ben big-rig brief-case close-up double-decker flat-s
     orange-slice polar-bear rear-view running-shoe smart-phone stainless-steel swim-trunk
     television-set third-base throw-blanket throw-pillow top-hat train-set wet-suit wild-flower""")
 # "a group of people" is one phrase, and people is its subject.
-QUANTITY = with_plurals("""abundance amount array assortment batch bit bite brood bunch cluster
-    collection couple crowd dozen fleet flock fragment gang group half handful heap herd hundred
-    kind line load lot mob mound multitude number pack pair part patch piece pile portion row school
-    section selection series serving set shower slice sort stack string strip swarm swirl team
-    thousand trio type variety wealth""")
+QUANTITY = with_plurals("""abundance amount armful array assortment batch battalion bevy bit bite
+    brood bunch bundle chunk clump cluster clutch collection colony convoy couple crowd dab dash
+    dollop dozen drove duo entourage expanse fleet flock flurry fraction fragment gaggle gang group
+    half handful heap herd horde host hundred jumble kind legion line litter load lot majority
+    medley million mob mound mouthful multitude myriad number pack pair parade part patch piece pile
+    pinch plenty plethora pod portion pride procession quartet rest row sampling scattering school
+    scrap section selection series serving set shower slew slice sliver smattering sort splash
+    spoonful sprig sprinkling squad squadron stack strand stretch string strip swarm swath swirl
+    tangle team thousand ton trio troop type variety wealth wedge""")
 # A picture of a dog shows a dog: the dog is a phrase, the picture is none.
 PICTURES = with_plurals("""close close-up closeup footage image photo photograph picture portrait
     screenshot selfie shot snapshot up view""")
@@ -465,6 +471,7 @@ RULES = (
     (NOUN, ADJ, THINGS, ADJ, lambda at: at.word in FORMS),  # a long *sleeve* shirt
     # *mountain* climbing
     (NOUN + ORANGE + RIDE, NOUNS + BE + VERB, RIDING, ADV, lambda at: at.after in ACTIVITIES),
+    (NOUN, COMMA + MARK, ADJ, ADJ, lambda at: not at.words[at.index + 2]),  # , *dishwasher* safe
     (NOUN, ANY, ANY, ADV, lambda at: hand_in_hand(at)),
     (NOUN, PLURAL + INF, OPENERS, VERB),  # to *pedal* a bike
     (NOUN, PLURAL, PLACES, VERB, lambda at: at.left2 in START + NUM or at.words[at.index - 2] in MANY),  # two men *grapple* on
@@ -487,13 +494,15 @@ RULES = (
     (PAINTING, NOUN, OPENERS, ING),  # a worker *painting* a wall
     (PAINTING, NOUN, ANY, ING, lambda at: at.before in MOVERS),  # a man *painting*
     # a *cutting* board; a *smiling* man; and *smiling* people, a glass of *running* water
-    (RIDING, INSIDE + COMPOUND + BETWEEN + NOUN, THINGS + PAINTING, COMPOUND, compounds),
+    (RIDING, INSIDE + DEGREE + COMPOUND + BETWEEN + NOUN, THINGS + PAINTING, COMPOUND, compounds),
     (RIDING, INSIDE + DEGREE, NEXT + VERB, PARTICIPLE),
     (RIDING, BETWEEN + VERB + ING, NEXT + VERB, PARTICIPLE, lambda at: at.word in ING_STATE),
     (RIDING, PREPS, THINGS + PARKED + PAINTING, PARTICIPLE, lambda at: at.before in ("of", "with")),
     (PLURAL, START, NOUN + ADJ, OWNER, lambda at: at.word in ("kids", "boys", "girls", "ladies")),  # kids rain boots
+    (CONJ, NOUN, NOUN + ORANGE, COMPOUND, lambda at: at.words[at.index + 2] in DISHES),  # ham *and* egg pie
     (RIDING, START, LINK, NOUN),
     (RIDING, ARTICLES, ANY, NOUN),  # the *landing*
+    (PARKED, ANY, THINGS, NOUN, lambda at: at.word == "led"),  # an *LED* lamp
     (PARKED, INSIDE + BETWEEN + DEGREE + VERB + ING + NOUN, NEXT, PARTICIPLE),  # *parked* cars
     (PARKED, ARTICLES, UP + PREP, PARTICIPLE, lambda at: at.right2 in NOUNS + ADJ),
     (PREP + UP, PARTICIPLE, ANY, PARTICIPLE),  # a fenced *in* area
