@@ -44,31 +44,32 @@ UP, NEARBY, BACK, RIGHT, HAS, CAN, ALL, ONE, THAT, HER, TO, GENITIVE_S, QUOTE = 
 # Words by class: those of 20,012 COCO captions and the most frequent of a general list (wordfreq),
 # where ENDINGS err and it matters. Of verbs: the class of the word and of its form in -s.
 VERBS = {
-    (VERB, VERB): """accept add adjust admire adorn allow announce appear apply approach arrange
-    arrive assemble assess assist attach attempt attend avoid await bake bathe beckon become beg
-    believe blame bless bounce brandish bring browse build buy caress carry carve celebrate chat
-    chew choose chop clash clutch collapse collect come commemorate commute compare compete confirm
-    confront congratulate connect consist contain continue contort convert crawl create crouch
-    cuddle decorate deliver demonstrate depart depict deploy descend describe destroy detect devour
-    dig dine discuss divide dodge dominate don doze drape dribble drift drown dwarf eat embrace
-    emerge encircle engage engulf enjoy ensure enter entertain evacuate examine exceed expect
-    explain explore extend fail fasten fidget fill find fix flank flee follow frolic gain gallop
-    gather gaze gesture get give glide gnaw go gobble grab grapple grasp graze grow guide hang
-    happen haul hear herd hike hoist hold hover huddle ignite ignore illuminate illustrate include
-    indicate indulge inject insert inspect install interact investigate invite jog join jot juggle
-    jut keep kneel knit know laugh launch lay lean learn let lick lie listen loom lose love lug lurk
-    make maneuver march melt mention mingle mourn mow munch nap navigate nestle nibble nod nuzzle
-    obscure observe occupy occur operate overlap overlook oversee pass pay peck peek peer perch
-    perform persist plunge poke ponder portray possess pounce pour prance prepare produce protrude
-    prove provide put raise react read reap receive recline recover reflect relax remain remove
-    require resemble respond retrieve reveal roam rotate rummage saunter say scamper scatter scold
-    scowl scramble scrape scrub sculpt scurry see seek seem sell send sew shave shear shove sing sip
-    sit slather slump slurp snap snarl snatch sniff snooze snuggle soak soar socialize soothe speak
-    spend spew spin splash sprawl sprint squeeze squint stare stay steal steer stir straddle strum
-    strut stumble subdue submit suck surround survive swallow sway swim swoop take teach tease tell
-    tend think threaten throw tickle tighten tilt topple trample trot trudge try tumble twirl
-    undergo unload unpack unveil unwind unwrap urge vow wade wander want wear weave weigh welcome
-    wield wrangle wrestle write yank yawn zoom""",
+    (VERB, VERB): """accept add adjoin adjust admire adorn allow announce appear applaud apply
+    approach arrange arrive assemble assess assist attach attempt attend avoid await bake bathe
+    beckon become beg believe blame bless bounce brandish bring browse build buy caress carry carve
+    celebrate chat chew choose chop clash clutch collapse collect come commemorate commute compare
+    compete confirm confront congratulate connect consist contain continue contort converge convert
+    crawl create crouch cuddle decorate deliver demonstrate depart depict deploy descend describe
+    destroy detect devour dig dine discuss divide dodge dominate don doze drape dribble drift drown
+    dwarf eat embrace emerge encircle engage engulf enjoy ensure enter entertain evacuate examine
+    exceed expect explain explore extend fail fasten fidget fill find fix flank flee flow follow
+    frolic gain gallop gather gaze gesture get give glide gnaw go gobble grab grapple grasp graze
+    grow guide gush hang happen haul hear herd hike hoist hold hover huddle ignite ignore illuminate
+    illustrate include indicate indulge inject insert inspect install interact intersect investigate
+    invite jog join jot juggle jut keep kneel knit know laugh launch lay lean learn let lick lie
+    listen loom lose love lug lurk make maneuver march mean melt mention merge mingle mourn mow
+    munch nap navigate nestle nibble nod nuzzle obscure observe occupy occur operate overlap
+    overlook oversee pass pay peck peek peer perch perform persist plunge poke ponder portray
+    possess pounce pour prance prepare produce protrude prove provide put raise react read reap
+    receive recline recover reflect relax remain remove require resemble respond retrieve reveal
+    roam rotate rummage saunter say scamper scatter scold scowl scramble scrape scrub sculpt scurry
+    see seek seem sell send sew shave shear shove sing sip sit slather slump slurp snap snarl snatch
+    sniff snooze snuggle soak soar socialize soothe spar speak spend spew spin splash sprawl sprint
+    squeeze squint stare stay steal steer stir straddle strum strut stumble subdue submit suck
+    surround survive swallow sway swim swoop take teach tease tell tend think threaten throng throw
+    tickle tighten tilt topple trample trot trudge try tumble twirl undergo unload unpack unveil
+    unwind unwrap urge vow waddle wade wander want wear weave weigh welcome wield wrangle wrestle
+    write yank yawn zoom""",
     (RIDE, RIDES): """attack balance bark battle beat bend bite blow bounce brace brush bump capture
     cast catch change chase chat cheer claim clap climb combine cook crash cross cut dance display
     dive drag draw drive escape exhibit exit face fall feature feed fight finish flip float fly gain
@@ -109,29 +110,30 @@ WORDS = {
     outdoor outer overcast overgrown overripe oversize overweight own pakistani pale parallel
     passionate pastel peculiar perfect petite pink pinkish placid plain plump plush polite poor posh
     premature prim pristine private prominent prone proper proud public pure purple quaint queer
-    quick quiet rare raw real recent red retro rich rigid ripe robust rogue roman rotten rough round
-    rundown sad safe same scarce secluded second secure separate serene several severe shallow sharp
-    sheer shorn short shrewd sick silent silver similar simple sincere single sleek slender slick
-    slight slim slow small smart smiley smooth snug sober soft solar sole solemn solid somber sore
-    southbound southeastern spare sparse spicy spotless squat stale stark steep stern stiff stout
-    straight strange stray striped strong sturdy sublime subtle suburban such sudden superb supple
-    sure svelte sweet swift swiss swollen syrian tall tame tan taut teal teenage tender tense tepid
-    terse thick thin third tibetan tight top trendy trim triple true turquoise twelfth twin ugly
-    uneven unfinished unique unknown unmade unripe unsafe unseen upbeat upmarket upper upscale
-    upside urban vague vast verdant victorian vile vintage vivid warm wary weak weird westbound
-    western wet white whole wicker wide widespread wild wooden woolen worthwhile wrong wry yellow
-    young""",
+    quick quiet rare raw real recent red retro rich rigid ripe robust rogue roman rotten rotund
+    rough round rundown sad safe same scarce secluded second secure separate serene several severe
+    shallow sharp sheer shorn short shrewd sick silent silver similar simple sincere single sleek
+    slender slick slight slim slow small smart smiley smooth snug sober soft solar sole solemn solid
+    somber sore southbound southeastern spare sparse spicy spotless squat stale stark steep stern
+    stiff stout straight strange stray striped strong sturdy sublime subtle suburban such sudden
+    superb supple sure svelte sweet swift swiss swollen syrian tall tame tan taut teal teenage
+    tender tense tepid terse thick thin third tibetan tight top trendy trim triple true turquoise
+    twelfth twin ugly uneven unfinished unique unknown unmade unripe unsafe unseen upbeat upmarket
+    upper upscale upside urban vague vast verdant victorian vile vintage vivid warm wary weak weird
+    westbound western wet white whole wicker wide widespread wild wooden woolen worthwhile wrong wry
+    yellow young""",
     NOUN: """academy agency animal anomaly army assembly autopsy baby balcony belly biopsy body
     boundary broker buddy buggy bully bunny butterfly canal candy canopy canvas casualty cathedral
     cavalry cereal ceremony charcoal cherry christmas cleaner colony comedy comic company cooler
     coral corral county crystal curry daddy dairy daisy damper deputy diary dimmer doggy doily
     economy elephant embassy enemy evening fairy family ferry foreigner galaxy garlic garnish gas
     germany goldfish gravy gully gypsy hobby holly hospital hungary husky infant infantry italy ivy
-    jelly kitty lady lens library lily liver lobby locomotive loner medal melody memorial metal
-    mommy morning mosaic mummy mural music nanny numeral opener owner party patriarchy patty penny
-    picnic piggy plastic pony poppy president priest primer property puppy quarry rally remedy
-    restaurant ruby shed shelving sky sled spring spy stable student study supply symphony tabby
-    teddy teenager terminal thing topper traffic tragedy trolley trolly vegetable warmer whisky""",
+    jelly kitty lady lens liberty library lily liver lobby locomotive loner medal melody memorial
+    metal mommy morning mosaic mummy mural music nanny numeral opener owner party patriarchy patty
+    penny picnic piggy plastic plenty pony poppy president priest primer property puppy quarry rally
+    remedy restaurant ruby shed shelving sky sled spring spy stable student study supply symphony
+    tabby teddy teenager terminal thing topper traffic tragedy trolley trolly vegetable warmer
+    whisky""",
     PLURAL: "buffalo cattle children deer feet geese men mice people police sheep teeth women",
     VERB: """ate became began blew broke came chose drank drove fell felt flew gave got grew knelt
     laid leapt meant met ran rang rode said sang sank sat saw shook slept slid spent spoke sprang
@@ -214,8 +216,8 @@ DEGREES = ("(er|est)$", ""), ("(?<=e)(r|st)$", ""), (r"(.)\1(er|est)$", r"\1"), 
 # -ing words that belong to the noun after them wherever they stand ("and parking lots"), and those
 # that describe it ("running water"); any other does the first inside a noun phrase ("a rocking
 # chair") and after a preposition of place ("near loading dock").
-ING_ALWAYS = """baking charging cutting dining frying gaming hiking living parking roasting sewing
-    shopping steering swimming vending""".split()
+ING_ALWAYS = """baking charging cutting dining fishing frying gaming hiking living parking roasting
+    rowing sewing shopping steering swimming vending""".split()
 ING_STATE = """amazing appearing barking beaming billowing bleeding blinking blooming blossoming
     boiling bouncing breaking bubbling burning cascading cheering crashing crawling crumbling crying
     curving dangling decaying drifting dripping drooping dying eating fading falling flaming
@@ -227,17 +229,18 @@ ING_STATE = """amazing appearing barking beaming billowing bleeding blinking blo
     smiling smoking smoldering snarling soaring sparkling spiraling sprawling squirming standing
     staring steaming striking surrounding swaying swirling teetering towering trailing tumbling
     twinkling twisting undulating wagging walking weeping wilting winding working yawning""".split()
-FORMS = ("fit", "length", "neck", "size", "sleeve", "story", "style")
+FORMS = ("down", "through", "fit", "length", "neck", "size", "sleeve", "story", "style")
 PLACING = ("by", "near", "beside", "at", "on", "in", "under", "behind")
 DISHES = with_plurals("casserole curry dish omelet pie pizza salad sandwich soup stew")
 ACTIVITIES = """biking boarding climbing diving fishing sailing shopping skating skiing surfing
     """.split()
 # Words that belong to the noun after them: "hot dog" is a subject.
-FIXED = with_plurals("""big-ben big-rig brief-case close-up double-decker flat-screen french-fries
-    german-shepherd golden-gate golden-retriever half-pipe high-chair hot-dog light-bulb
-    light-fixture light-house light-pole light-post light-switch new-york orange-juice orange-peel
-    orange-slice polar-bear rear-view running-shoe smart-phone stainless-steel swim-trunk
-    television-set third-base throw-blanket throw-pillow top-hat train-set wet-suit wild-flower""")
+FIXED = with_plurals("""big-ben big-rig brief-case chess-set close-up dinner-set double-decker
+    drum-set flat-screen french-fries german-shepherd golden-gate golden-retriever half-pipe
+    high-chair hot-dog light-bulb light-fixture light-house light-pole light-post light-switch
+    new-york orange-juice orange-peel orange-slice polar-bear rear-view running-shoe smart-phone
+    stainless-steel swim-trunk swing-set tea-set television-set third-base throw-blanket
+    throw-pillow top-hat train-set wet-suit wild-flower""")
 # "a group of people" is one phrase, and people is its subject.
 QUANTITY = with_plurals("""abundance amount armful array assortment batch battalion bevy bit bite
     brood bunch bundle chunk clump cluster clutch collection colony convoy couple crowd dab dash
@@ -256,41 +259,41 @@ PICTURES = with_plurals("""close close-up closeup footage image photo photograph
 NOT_THINGS = with_plurals("""access accident action advantage adventure advice afternoon ages
     agreement aim air am amazement anger anniversary appetite approach april arrival aspect
     assistance attack attempt attention attitude august authority backhand badminton balance battle
-    bedtime behalf behavior belief benefit birth birthday break budget bunt call campaign career
-    cartwheel cause celebration century ceremony championship chance chase choice christmas
-    circumstance cm color comment compassion competition concept concern concert confusion contact
-    contest contrast cost courage crash crime danger dawn day daytime death debate decade december
-    decision defeat delay delight demand departure desire development dinnertime disaster discussion
-    dozen dunk duration dusk earthquake easter effect effort election emergency emotion employment
-    entertainment era escape evening event example excitement experience explosion expression
-    extension failure faith fame fashion fate favor fear february feel feeling festival fight flight
-    focus forehand freedom friday friendship ft fun funeral fury future gallon game gb gender golf
-    grace grip growth guidance guilt haircut halftime halloween handstand happiness harm haste
-    hazard health hearing height help history hockey holiday homerun homework hope hour humor hunger
-    hurricane hurry idea illusion impact importance impression inch incident income independence
-    influence inspiration intent intention interest interview invasion investigation issue january
-    job joke journey joy july jump june justice kg kind kindness kiss knowledge l labor lack
-    language laugh laughter layup lb lbs leadership learning leisure length lesson level liberty
-    life lifestyle liter look luck lunchtime m magic maneuver manner marathon marriage match matches
-    matter meaning meeting memory mercy method midair midday midnight midst mind mission mistake ml
-    mm mode moment monday month mood morning motion move movement mph music myth nap nature need
-    news night nighttime noise noon notice november occasion october ollie opinion option order
-    origin outbreak outskirts oz pace pain pandemic panic parade party passion past pcs peace
-    penalty percent permission philosophy picnic play playtime pleasure pm policy politics
+    bedtime behalf behavior belief benefit birth birthday break breath budget bunt call campaign
+    career carnival cartwheel cause celebration century ceremony championship chance chase choice
+    christmas circumstance cm color comment compassion competition concept concern concert confusion
+    contact contest contrast cost courage crash crime danger dawn day daytime death debate decade
+    december decision defeat delay delight demand departure desire development dinnertime disaster
+    discussion dozen dunk duration dusk earthquake easter effect effort election emergency emotion
+    employment entertainment era escape evening event example excitement experience explosion
+    expression extension failure faith fame fashion fate favor fear february feel feeling festival
+    fight flight focus forehand freedom friday friendship ft fun funeral fury future gallon game gb
+    gender golf grace grip growth guidance guilt haircut halftime halloween handstand happiness harm
+    haste hazard health hearing height help history hockey holiday homerun homework hope hour humor
+    hunger hurricane hurry idea illusion impact importance impression inch incident income
+    independence influence inspection inspiration intent intention interest interview invasion
+    investigation issue january job joke journey joy july jump june justice kg kind kindness kiss
+    knowledge l labor lack language laugh laughter layup lb lbs leadership learning leisure length
+    lesson level life lifestyle liter look luck lunchtime m magic maneuver manner marathon marriage
+    match matches matter meaning meeting memory mercy method midair midday midnight midst mind
+    mission mistake ml mm mode moment monday month mood morning motion move movement mph music myth
+    nap nature need news night nighttime noise noon notice november occasion october ollie opinion
+    option order origin outbreak outskirts oz pace pain pandemic panic parade party passion past pcs
+    peace penalty percent permission philosophy picnic play playtime pleasure pm policy politics
     possession poverty practice praise premiere presence pressure pride privacy problem process
     profit progress prominence promise proof protest purpose pursuit quality quarantine quest
     question race rally rate reality reason recovery rehearsal relationship religion research rest
     result retirement rhythm ride risk role romance routine rule sadness safety sake saturday
-    scandal schedule search season sense september serve session shame shock show significance
-    silence situation size skiing skill sleep smell solitude somersault sort speech speed spirit
-    springtime stability stance status strategy strength stress strike struggle stunt style success
-    summer summertime sunday surgery surprise surroundings talk tantrum task taste temperature
-    tennis tension theme theory thought threat thrill thursday time timing today tonight topic touch
-    touchdown tour tournament tradition training transit transport treatment trend trial trick trip
-    trouble truth tuesday turn twilight type unison use vacation value variety verdict victory
-    violence vision visit volley vote wait wake war wealth weather wedding wednesday week weekend
-    weeknight welfare wheelie will wind winter wintertime wisdom wish wonder work worry x year zeal
-    """)
+    scandal schedule search season sense september serve session shame shipment shock show
+    significance silence situation size skiing skill sleep smell solitude somersault sort speech
+    speed spirit springtime stability stance status strategy strength stress strike struggle stunt
+    style success summer summertime sunday surgery surprise surroundings talk tantrum task taste
+    temperature tennis tension theme theory thought threat thrill thursday time timing today tonight
+    topic touch touchdown tour tournament tradition training transit transport treatment trend trial
+    trick trip trouble truth tuesday turn twilight type unison use vacation value variety verdict
+    victory violence vision visit volley vote wait wake war wealth weather wedding wednesday week
+    weekend weeknight welfare wheelie will wind winter wintertime wisdom wish wonder work worry x
+    year zeal""")
 ABSTRACT = re.compile(r".*(?:ness|ism|[ae]nc[ey]|it(?:y|ie)|(?<!ic)ation|[^a]tion|(?:er|nd|on)ship)s?$")
 CONCRETE = with_plurals("""ambulance amenity appliance audience city collection community
     construction contraption creation decoration entrance facility fence formation foundation
@@ -467,6 +470,7 @@ RULES = (
     (ORANGE, ANY, RIGHT, NOUN, lambda at: at.right2 in LINK),  # a *square* left of
     (ORANGE, ARTICLES, PLURAL + LIGHTS, NOUN, lambda at: at.right2 in OPENERS),  # a *medic* checks the
     (ORANGE, ANY, NOUNISH, ADJ),  # an *orange* bus
+    (ORANGE, PLURAL, OPENERS, VERB, lambda at: at.word == "light"),
     (ORANGE, BE + DEGREE, ANY, ADJ),  # is *orange*
     (NOUN, ADJ, THINGS, ADJ, lambda at: at.word in FORMS),  # a long *sleeve* shirt
     # *mountain* climbing
@@ -474,10 +478,11 @@ RULES = (
     (NOUN, COMMA + MARK, ADJ, ADJ, lambda at: not at.words[at.index + 2]),  # , *dishwasher* safe
     (NOUN, ANY, ANY, ADV, lambda at: hand_in_hand(at)),
     (NOUN, PLURAL + INF, OPENERS, VERB),  # to *pedal* a bike
-    (NOUN, PLURAL, PLACES, VERB, lambda at: at.left2 in START + NUM or at.words[at.index - 2] in MANY),  # two men *grapple* on
+    (NOUN, PLURAL, PLACES + TO + SUB, VERB, lambda at: at.left2 in START + NUM or at.words[at.index - 2] in MANY),  # two men *grapple* on
     (PLURAL + LIGHTS, NOUN + DEGREE, OPENERS, VERB),  # a boy *pedals* his bike
     # a man stands and *bends* his knees
     (PLURAL, CONJ, OPENERS, VERB, lambda at: VERB in at.tags[: at.index][-9:]),
+    (PLURAL + LIGHTS, PLURAL, OPENERS, VERB),  # rows of lights *line* the
     (PLURAL + LIGHTS, PRON, ANY, VERB),  # as she *bends*
     (LIGHTS, NOUN, NOUNS + ADJ, VERB, after_one),
     (PLURAL, NOUN, NOUNS + ADJ, VERB, lambda at: at.before in PEOPLE and after_one(at)),  # a chef *slices* onions
