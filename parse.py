@@ -104,36 +104,35 @@ WORDS = {
     iraqi irish israeli jagged jamaican jewish jolly jumbo juvenile keen kenyan khaki korean large
     last late latin lavender lax lightweight little live lone long loose loud low lunar lush magenta
     main major makeshift manual maroon masculine mature medium meek mellow metropolitan mexican
-    middle midsize mild mini miniature minor mixed mobile modern modest moist much multi multiple
-    muslim mute naive naked narrow nearest neat neon nepalese new newborn next nice northbound
-    northeastern northwestern obese odd old only opaque open opposite optic oral ornate other
-    outdoor outer overcast overgrown overripe oversize overweight own pakistani pale parallel
-    passionate pastel peculiar perfect petite pink pinkish placid plain plump plush polite poor posh
-    premature prim pristine private prominent prone proper proud public pure purple quaint queer
-    quick quiet rare raw real recent red retro rich rigid ripe robust rogue roman rotten rotund
-    rough round rundown sad safe same scarce secluded second secure separate serene several severe
-    shallow sharp sheer shorn short shrewd sick silent silver similar simple sincere single sleek
-    slender slick slight slim slow small smart smiley smooth snug sober soft solar sole solemn solid
-    somber sore southbound southeastern spare sparse spicy spotless squat stale stark steep stern
-    stiff stout straight strange stray striped strong sturdy sublime subtle suburban such sudden
-    superb supple sure svelte sweet swift swiss swollen syrian tall tame tan taut teal teenage
-    tender tense tepid terse thick thin third tibetan tight top trendy trim triple true turquoise
-    twelfth twin ugly uneven unfinished unique unknown unmade unripe unsafe unseen upbeat upmarket
-    upper upscale upside urban vague vast verdant victorian vile vintage vivid warm wary weak weird
-    westbound western wet white whole wicker wide widespread wild wooden woolen worthwhile wrong wry
-    yellow young""",
+    middle midsize mild mini minor mixed mobile modern modest moist much multi multiple muslim mute
+    naive naked narrow nearest neat neon nepalese new newborn next nice northbound northeastern
+    northwestern obese odd old only opaque open opposite optic oral ornate other outdoor outer
+    overcast overgrown overripe oversize overweight own pakistani pale parallel passionate pastel
+    peculiar perfect petite pink pinkish placid plain plump plush polite poor posh premature prim
+    pristine private prominent prone proper proud public pure purple quaint queer quick quiet rare
+    raw real recent red retro rich rigid ripe robust rogue roman rotten rotund rough round rundown
+    sad safe same scarce secluded second separate serene several severe shallow sharp sheer shorn
+    short shrewd sick silent silver similar simple sincere single sleek slender slick slight slim
+    slow small smart smiley smooth snug sober soft solar solemn solid somber sore southbound
+    southeastern spare sparse spicy spotless squat stale stark steep sterling stiff straight strange
+    stray striped strong sturdy sublime subtle suburban such sudden superb supple sure svelte sweet
+    swift swiss swollen syrian tall tame tan taut teal teenage tender tense tepid terse thick thin
+    third tibetan tight top trendy trim triple true turquoise twelfth twin ugly uneven unfinished
+    unique unknown unmade unripe unsafe unseen upbeat upmarket upper upscale upside urban vague vast
+    verdant victorian vile vintage vivid warm wary weak weird westbound western wet white whole
+    wicker wide widespread wild wooden woolen worthwhile wrong wry yellow young""",
     NOUN: """academy agency animal anomaly army assembly autopsy baby balcony belly biopsy body
     boundary broker buddy buggy bully bunny butterfly canal candy canopy canvas casualty cathedral
     cavalry cereal ceremony charcoal cherry christmas cleaner colony comedy comic company cooler
     coral corral county crystal curry daddy dairy daisy damper deputy diary dimmer doggy doily
-    economy elephant embassy enemy evening fairy family ferry foreigner galaxy garlic garnish gas
-    germany goldfish gravy gully gypsy hobby holly hospital hungary husky infant infantry italy ivy
-    jelly kitty lady lens liberty library lily liver lobby locomotive loner medal melody memorial
-    metal mommy morning mosaic mummy mural music nanny numeral opener owner party patriarchy patty
-    penny picnic piggy plastic plenty pony poppy president priest primer property puppy quarry rally
-    remedy restaurant ruby shed shelving sky sled spring spy stable student study supply symphony
-    tabby teddy teenager terminal thing topper traffic tragedy trolley trolly vegetable warmer
-    whisky""",
+    duckling dumpling economy elephant embassy enemy evening fairy family ferry foreigner galaxy
+    garlic garnish gas germany goldfish gosling gravy gully gypsy herring hobby holly hospital
+    hungary husky infant infantry italy ivy jelly king kitty lady lens liberty library lily liver
+    lobby locomotive loner medal melody memorial metal mommy morning mosaic mummy mural music nanny
+    numeral opener owner party patriarchy patty penny picnic piggy plastic plenty pony poppy
+    president priest primer property puppy quarry rally remedy restaurant ruby shed shelving sibling
+    sky sled spring spy stable student study supply symphony tabby teddy teenager terminal thing
+    topper traffic tragedy trolley trolly vegetable viking warmer whisky""",
     PLURAL: "buffalo cattle children deer feet geese men mice people police sheep teeth women",
     VERB: """ate became began blew broke came chose drank drove fell felt flew gave got grew knelt
     laid leapt meant met ran rang rode said sang sank sat saw shook slept slid spent spoke sprang
@@ -145,10 +144,10 @@ WORDS = {
     stolen strewn strung stuck sunk swept taken taught thrown told torn undone woken won worn woven
     written""",
     PAINTING: """awning bedding building carving ceiling clothing covering crossing drawing dressing
-    earring filling flooring frosting icing landing lettering lighting lining netting offering
-    opening painting plumbing pudding railing ring seating serving setting string stuffing topping
-    wedding wing writing""",
-    ORANGE: "adult antique female giant half light male orange oval plaid rear square",
+    dwelling earring etching filling flooring frosting icing landing lettering lighting lining
+    netting offering opening painting paneling plumbing pudding railing ring roofing scaffolding
+    seating serving setting siding string stuffing topping tubing wedding wing writing""",
+    ORANGE: "adult antique female giant half light male miniature orange oval plaid rear square",
     DET: "a an another any each either every neither some the these this those",
     POSS: "his its my our their whose your",
     PRON: """anyone eachother everyone everything he herself him himself i it itself me nobody
@@ -235,22 +234,22 @@ DISHES = with_plurals("casserole curry dish omelet pie pizza salad sandwich soup
 ACTIVITIES = """biking boarding climbing diving fishing sailing shopping skating skiing surfing
     """.split()
 # Words that belong to the noun after them: "hot dog" is a subject.
-FIXED = with_plurals("""big-ben big-rig brief-case chess-set close-up dinner-set double-decker
-    drum-set flat-screen french-fries german-shepherd golden-gate golden-retriever half-pipe
-    high-chair hot-dog light-bulb light-fixture light-house light-pole light-post light-switch
-    new-york orange-juice orange-peel orange-slice polar-bear rear-view running-shoe smart-phone
-    stainless-steel swim-trunk swing-set tea-set television-set third-base throw-blanket
-    throw-pillow top-hat train-set wet-suit wild-flower""")
+FIXED = with_plurals("""big-ben big-rig boarding-pass brief-case chess-set close-up dinner-set
+    double-decker drum-set flat-screen french-fries german-shepherd golden-gate golden-retriever
+    half-pipe high-chair high-rise hot-dog light-bulb light-fixture light-house light-pole
+    light-post light-switch new-york orange-juice orange-peel orange-slice polar-bear rear-view
+    running-shoe smart-phone stainless-steel swim-trunk swing-set tea-set television-set third-base
+    throw-blanket throw-pillow top-hat train-set wet-suit wild-flower""")
 # "a group of people" is one phrase, and people is its subject.
 QUANTITY = with_plurals("""abundance amount armful array assortment batch battalion bevy bit bite
     brood bunch bundle chunk clump cluster clutch collection colony convoy couple crowd dab dash
-    dollop dozen drove duo entourage expanse fleet flock flurry fraction fragment gaggle gang group
-    half handful heap herd horde host hundred jumble kind legion line litter load lot majority
-    medley million mob mound mouthful multitude myriad number pack pair parade part patch piece pile
-    pinch plenty plethora pod portion pride procession quartet rest row sampling scattering school
-    scrap section selection series serving set shower slew slice sliver smattering sort splash
-    spoonful sprig sprinkling squad squadron stack strand stretch string strip swarm swath swirl
-    tangle team thousand ton trio troop type variety wealth wedge""")
+    dollop dozen drove duo entourage expanse fleet flock flurry fraction fragment gaggle gang
+    gathering group grouping half handful heap herd horde host hundred jumble kind legion line
+    litter load lot majority medley million mob mound mouthful multitude myriad number pack pair
+    parade part patch piece pile pinch plenty plethora pod portion pride procession quartet rest row
+    sampling scattering school scrap section selection series serving set shower slew slice sliver
+    smattering sort splash spoonful sprig sprinkling squad squadron stack strand stretch string
+    strip swarm swath swirl tangle team thousand ton trio troop type variety wealth wedge""")
 # A picture of a dog shows a dog: the dog is a phrase, the picture is none.
 PICTURES = with_plurals("""close close-up closeup footage image photo photograph picture portrait
     screenshot selfie shot snapshot up view""")
@@ -259,41 +258,41 @@ PICTURES = with_plurals("""close close-up closeup footage image photo photograph
 NOT_THINGS = with_plurals("""access accident action advantage adventure advice afternoon ages
     agreement aim air am amazement anger anniversary appetite approach april arrival aspect
     assistance attack attempt attention attitude august authority backhand badminton balance battle
-    bedtime behalf behavior belief benefit birth birthday break breath budget bunt call campaign
-    career carnival cartwheel cause celebration century ceremony championship chance chase choice
-    christmas circumstance cm color comment compassion competition concept concern concert confusion
-    contact contest contrast cost courage crash crime danger dawn day daytime death debate decade
-    december decision defeat delay delight demand departure desire development dinnertime disaster
-    discussion dozen dunk duration dusk earthquake easter effect effort election emergency emotion
-    employment entertainment era escape evening event example excitement experience explosion
-    expression extension failure faith fame fashion fate favor fear february feel feeling festival
-    fight flight focus forehand freedom friday friendship ft fun funeral fury future gallon game gb
-    gender golf grace grip growth guidance guilt haircut halftime halloween handstand happiness harm
-    haste hazard health hearing height help history hockey holiday homerun homework hope hour humor
-    hunger hurricane hurry idea illusion impact importance impression inch incident income
-    independence influence inspection inspiration intent intention interest interview invasion
-    investigation issue january job joke journey joy july jump june justice kg kind kindness kiss
-    knowledge l labor lack language laugh laughter layup lb lbs leadership learning leisure length
-    lesson level life lifestyle liter look luck lunchtime m magic maneuver manner marathon marriage
-    match matches matter meaning meeting memory mercy method midair midday midnight midst mind
-    mission mistake ml mm mode moment monday month mood morning motion move movement mph music myth
-    nap nature need news night nighttime noise noon notice november occasion october ollie opinion
-    option order origin outbreak outskirts oz pace pain pandemic panic parade party passion past pcs
-    peace penalty percent permission philosophy picnic play playtime pleasure pm policy politics
-    possession poverty practice praise premiere presence pressure pride privacy problem process
-    profit progress prominence promise proof protest purpose pursuit quality quarantine quest
-    question race rally rate reality reason recovery rehearsal relationship religion research rest
-    result retirement rhythm ride risk role romance routine rule sadness safety sake saturday
-    scandal schedule search season sense september serve session shame shipment shock show
-    significance silence situation size skiing skill sleep smell solitude somersault sort speech
-    speed spirit springtime stability stance status strategy strength stress strike struggle stunt
-    style success summer summertime sunday surgery surprise surroundings talk tantrum task taste
-    temperature tennis tension theme theory thought threat thrill thursday time timing today tonight
-    topic touch touchdown tour tournament tradition training transit transport treatment trend trial
-    trick trip trouble truth tuesday turn twilight type unison use vacation value variety verdict
-    victory violence vision visit volley vote wait wake war wealth weather wedding wednesday week
-    weekend weeknight welfare wheelie will wind winter wintertime wisdom wish wonder work worry x
-    year zeal""")
+    bedtime behalf behavior belief benefit birth birthday bombing break breath budget bunt call
+    campaign career carnival cartwheel cause celebration century ceremony championship chance chase
+    choice christmas circumstance cm color comment compassion competition concept concern concert
+    confusion contact contest contrast cost courage crash crime danger dawn day daytime death debate
+    decade december decision decrease defeat delay delight demand departure desire development
+    dinnertime disaster discussion dozen dunk duration dusk earthquake easter effect effort election
+    emergency emotion employment entertainment era escape evening event example excitement
+    experience explosion expression extension failure faith fame fashion fate favor fear february
+    feel feeling festival fight flight focus forehand freedom friday friendship ft fun funeral fury
+    future gallon game gb gender golf grace grip growth guidance guilt haircut halftime halloween
+    handstand happiness harm haste hazard health hearing height help history hockey holiday homerun
+    homework hope hour humor hunger hurricane hurry idea illusion impact importance impression inch
+    incident income increase independence influence inspection inspiration intent intention interest
+    interview invasion investigation issue january job joke journey joy july jump june justice kg
+    kind kindness kiss knowledge l labor lack language laugh laughter launch layup lb lbs leadership
+    learning leisure length lesson level life lifestyle liter look luck lunchtime m magic maneuver
+    manner marathon marriage match matches matter meaning meeting memory mercy method midair midday
+    midnight midst mind mission mistake ml mm mode moment monday month mood morning motion move
+    movement mph music myth nap nature need news night nighttime noise noon notice november occasion
+    october ollie opinion option order origin outbreak outskirts oz pace pain pandemic panic parade
+    party passion past pcs peace penalty percent permission philosophy picnic play playtime pleasure
+    pm policy politics possession poverty practice praise premiere presence pressure pride privacy
+    problem process profit progress prominence promise proof protest purpose pursuit quality
+    quarantine quest question race rally rate reality reason recovery rehearsal relationship
+    religion research rest result retirement rhythm ride risk role romance routine rule sadness
+    safety sake saturday scandal schedule search season sense september serve session shame shipment
+    shock shooting show significance silence situation size skiing skill sleep smell solitude
+    somersault sort speech speed spirit springtime stability stance status strategy strength stress
+    strike struggle stunt style success summer summertime sunday surgery surprise surroundings talk
+    tantrum task taste temperature tennis tension theme theory thought threat thrill thursday time
+    timing today tonight topic touch touchdown tour tournament tradition training transit transport
+    treatment trend trial trick trip trouble truth tuesday turn twilight type unison use vacation
+    value variety verdict victory vigil violence vision visit volley vote wait wake war wealth
+    weather wedding wednesday week weekend weeknight welfare wheelie will wind winter wintertime
+    wisdom wish wonder work worry x year zeal""")
 ABSTRACT = re.compile(r".*(?:ness|ism|[ae]nc[ey]|it(?:y|ie)|(?<!ic)ation|[^a]tion|(?:er|nd|on)ship)s?$")
 CONCRETE = with_plurals("""ambulance amenity appliance audience city collection community
     construction contraption creation decoration entrance facility fence formation foundation
@@ -306,7 +305,7 @@ LOCATIONS = with_plurals("""back bottom center centre distance edge end front in
 BALL_SPORTS = with_plurals("baseball basketball football soccer softball volleyball")
 BARE = with_plurals("""bat bloom board class construction dinner display duty fire formation guard
     half hand horseback lunch place row sale service sunrise sunset tow town""")
-ARRAYS = ("row", "line", "circle", "group", "pile")
+ARRAYS = with_plurals("row line circle group pile")
 ACTS = with_plurals("""bath bite bow catch cut drink flip guard hit hug kiss leap look place pose
     shot sip spill spin step swing thumb walk way""")
 TAKING = """attempting attempts do does doing gave get getting give gives giving has have having
@@ -460,6 +459,7 @@ def owns(at):
 RULES = (
     (ALL, ANY, RIDING + PARKED, PRON),  # people, *all* wearing hats
     (ALL, ANY, DET, ADV, lambda at: at.word == "both" and at.after in SINGULAR),
+    (ADV, DET + POSS, STARTS, ADJ),  # a *still* lake
     (ADJ, NOUNS, RIGHT, ADV, lambda at: at.word in LOCATIONS),  # zebra *bottom* left
     (ADJ, NOUN, ANY, NOUN, lambda at: at.word in LOCATIONS),  # a hill *top*
     (ADJ, DET + POSS, PLACES + VERB + MARK, NOUN, lambda at: at.word[-1] in "yl" and at.before != "all"),  # a *guppy* in
@@ -470,7 +470,7 @@ RULES = (
     (ORANGE, ANY, RIGHT, NOUN, lambda at: at.right2 in LINK),  # a *square* left of
     (ORANGE, ARTICLES, PLURAL + LIGHTS, NOUN, lambda at: at.right2 in OPENERS),  # a *medic* checks the
     (ORANGE, ANY, NOUNISH, ADJ),  # an *orange* bus
-    (ORANGE, PLURAL, OPENERS, VERB, lambda at: at.word == "light"),
+    (ORANGE, PLURAL, OPENERS, VERB),  # candles *light* a room
     (ORANGE, BE + DEGREE, ANY, ADJ),  # is *orange*
     (NOUN, ADJ, THINGS, ADJ, lambda at: at.word in FORMS),  # a long *sleeve* shirt
     # *mountain* climbing
@@ -499,14 +499,13 @@ RULES = (
     (PAINTING, NOUN, OPENERS, ING),  # a worker *painting* a wall
     (PAINTING, NOUN, ANY, ING, lambda at: at.before in MOVERS),  # a man *painting*
     # a *cutting* board; a *smiling* man; and *smiling* people, a glass of *running* water
-    (RIDING, INSIDE + DEGREE + COMPOUND + BETWEEN + NOUN, THINGS + PAINTING, COMPOUND, compounds),
+    (RIDING, INSIDE + DEGREE + COMPOUND + BETWEEN + NOUN, THINGS + PAINTING + CAN, COMPOUND, compounds),
     (RIDING, INSIDE + DEGREE, NEXT + VERB, PARTICIPLE),
     (RIDING, BETWEEN + VERB + ING, NEXT + VERB, PARTICIPLE, lambda at: at.word in ING_STATE),
     (RIDING, PREPS, THINGS + PARKED + PAINTING, PARTICIPLE, lambda at: at.before in ("of", "with")),
     (PLURAL, START, NOUN + ADJ, OWNER, lambda at: at.word in ("kids", "boys", "girls", "ladies")),  # kids rain boots
     (CONJ, NOUN, NOUN + ORANGE, COMPOUND, lambda at: at.words[at.index + 2] in DISHES),  # ham *and* egg pie
-    (RIDING, START, LINK, NOUN),
-    (RIDING, ARTICLES, ANY, NOUN),  # the *landing*
+    (RIDING, START + ARTICLES + ADJ, LINK, NOUN, lambda at: at.word in QUANTITY or not at.before),
     (PARKED, ANY, THINGS, NOUN, lambda at: at.word == "led"),  # an *LED* lamp
     (PARKED, INSIDE + BETWEEN + DEGREE + VERB + ING + NOUN, NEXT, PARTICIPLE),  # *parked* cars
     (PARKED, ARTICLES, UP + PREP, PARTICIPLE, lambda at: at.right2 in NOUNS + ADJ),
@@ -603,7 +602,7 @@ def is_thing(words, tags, first, last, subject):
         return False
     if before in ("says", "saying") and tags[first] != DET:
         return False  # a sign saying stop
-    if word in ("corner", "form", "shape") and after == "of" or word in ARRAYS and before == "in":
+    if word in ("corner", "form", "shape") and after == "of" or word in ARRAYS and before == "in" and tags[first] != NUM:
         return False  # at the corner of, in a row
     if word in LOCATIONS and subject == last:
         return not {POSS, GENITIVE, OWNER}.isdisjoint(tags[first:last])
