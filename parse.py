@@ -293,7 +293,9 @@ NOT_THINGS = with_plurals("""access accident action advantage adventure advice a
     value variety verdict victory vigil violence vision visit volley vote wait wake war wealth
     weather wedding wednesday week weekend weeknight welfare wheelie will wind winter wintertime
     wisdom wish wonder work worry x year zeal""")
-ABSTRACT = re.compile(r".*(?:ness|ism|[ae]nc[ey]|it(?:y|ie)|(?<!ic)ation|[^a]tion|(?:er|nd|on)ship)s?$")
+ABSTRACT = re.compile(
+    r".*(?:ness|ism|[ae]nc[ey]|it(?:y|ie)|(?<!ic)ation|[^a]tion|(?:er|nd|on)ship)s?$"
+)
 CONCRETE = with_plurals("""ambulance amenity appliance audience city collection community
     construction contraption creation decoration entrance facility fence formation foundation
     harness installation institution intersection junction location protection reflection residence
@@ -439,14 +441,21 @@ def compounds(at):
 def hand_in_hand(at):
     """Walk *hand* in *hand*."""
     i = at.index
-    return (at.after in ("in", "to", "by") and at.words[i + 2] == at.word) or (at.before in ("in", "to", "by") and at.words[i - 2] == at.word)
+    return (at.after in ("in", "to", "by") and at.words[i + 2] == at.word) or (
+        at.before in ("in", "to", "by") and at.words[i - 2] == at.word
+    )
 
 
 def in_clothes(at):
     """The first verb: a man in a hat *waves* to, two men in full gear *climb* up."""
     some = "".join(at.tags[2 : at.index])
     of = re.match("[DP]?[JZCNSU]*([NS])I[DPJZCNSUK]*$", some)
-    return of and "in" in at.words[: at.index] and (of[1] == PLURAL) == (at.tags[at.index] == RIDE) and is_person(at.words[1+of.end(1)])
+    return (
+        of
+        and "in" in at.words[: at.index]
+        and (of[1] == PLURAL) == (at.tags[at.index] == RIDE)
+        and is_person(at.words[1 + of.end(1)])
+    )
 
 
 def owns(at):
@@ -462,13 +471,25 @@ RULES = (
     (ADV, DET + POSS, STARTS, ADJ),  # a *still* lake
     (ADJ, NOUNS, RIGHT, ADV, lambda at: at.word in LOCATIONS),  # zebra *bottom* left
     (ADJ, NOUN, ANY, NOUN, lambda at: at.word in LOCATIONS),  # a hill *top*
-    (ADJ, DET + POSS, PLACES + VERB + MARK, NOUN, lambda at: at.word[-1] in "yl" and at.before != "all"),  # a *guppy* in
+    (
+        ADJ,
+        DET + POSS,
+        PLACES + VERB + MARK,
+        NOUN,
+        lambda at: at.word[-1] in "yl" and at.before != "all",
+    ),  # a *guppy* in
     (ORANGE, ANY, JOINTS, ADJ, lambda at: at.right2 == ADJ),  # an *orange* and red bus
     (ORANGE, NOUN, ANY, NOUN),  # a street *light*
     (ORANGE, ANY, RIDING, ADJ, lambda at: at.word not in LEXICON and at.right2 in THINGS),
     (ORANGE, ANY, RIDES + RIDING + VERB, NOUN),  # an *orange* sits
     (ORANGE, ANY, RIGHT, NOUN, lambda at: at.right2 in LINK),  # a *square* left of
-    (ORANGE, ARTICLES, PLURAL + LIGHTS, NOUN, lambda at: at.right2 in OPENERS),  # a *medic* checks the
+    (
+        ORANGE,
+        ARTICLES,
+        PLURAL + LIGHTS,
+        NOUN,
+        lambda at: at.right2 in OPENERS,
+    ),  # a *medic* checks the
     (ORANGE, ANY, NOUNISH, ADJ),  # an *orange* bus
     (ORANGE, PLURAL, OPENERS, VERB),  # candles *light* a room
     (ORANGE, BE + DEGREE, ANY, ADJ),  # is *orange*
@@ -478,33 +499,69 @@ RULES = (
     (NOUN, COMMA + MARK, ADJ, ADJ, lambda at: not at.words[at.index + 2]),  # , *dishwasher* safe
     (NOUN, ANY, ANY, ADV, lambda at: hand_in_hand(at)),
     (NOUN, PLURAL + INF, OPENERS, VERB),  # to *pedal* a bike
-    (NOUN, PLURAL, PLACES + TO + SUB, VERB, lambda at: at.left2 in START + NUM or at.words[at.index - 2] in MANY),  # two men *grapple* on
+    (
+        NOUN,
+        PLURAL,
+        PLACES + TO + SUB,
+        VERB,
+        lambda at: at.left2 in START + NUM or at.words[at.index - 2] in MANY,
+    ),  # two men *grapple* on
     (PLURAL + LIGHTS, NOUN + DEGREE, OPENERS, VERB),  # a boy *pedals* his bike
     # a man stands and *bends* his knees
     (PLURAL, CONJ, OPENERS, VERB, lambda at: VERB in at.tags[: at.index][-9:]),
     (PLURAL + LIGHTS, PLURAL, OPENERS, VERB),  # rows of lights *line* the
     (PLURAL + LIGHTS, PRON, ANY, VERB),  # as she *bends*
     (LIGHTS, NOUN, NOUNS + ADJ, VERB, after_one),
-    (PLURAL, NOUN, NOUNS + ADJ, VERB, lambda at: at.before in PEOPLE and after_one(at)),  # a chef *slices* onions
+    (
+        PLURAL,
+        NOUN,
+        NOUNS + ADJ,
+        VERB,
+        lambda at: at.before in PEOPLE and after_one(at),
+    ),  # a chef *slices* onions
     (PLURAL + LIGHTS, NOUN, FOLLOWS + RIDING, VERB, after_one),  # a bird *perches* on
     (PLURAL, ANY, THINGS + ADJ + BACK, OWNER, owns),  # a *mans* hat
     (RIDE, REL + PRON + AUX + INF, ANY, VERB),  # to *ride*
     (RIDE, JOINTS, ANY, VERB, lambda at: at.left2 == VERB),  # sit and *ride*
     (RIDE, PLURAL + BE, NEXT + FOLLOWS, VERB),  # people *ride* on
     (RIDE, NOUN, OPENERS + PRON, VERB, lambda at: is_person(at.before)),  # a man *beat* it
-    (RIDE, NOUN, FOLLOWS, VERB, lambda at: at.before in ("family", "team", "crowd", "couple", "crew")),  # the family *wave* from
+    (
+        RIDE,
+        NOUN,
+        FOLLOWS,
+        VERB,
+        lambda at: at.before in ("family", "team", "crowd", "couple", "crew"),
+    ),  # the family *wave* from
     (RIDE + LIGHTS + PLURAL, NOUN, PLACES + OPENERS + NOUN, VERB, in_clothes),
     (RIDE, NOUN + COMMA, OPENERS + PLACES, VERB, after_two),  # a man and a woman *ride* on
     (PAINTING, PLURAL + BE + PRON + VERB, ANY, ING),  # people *painting*
     (PAINTING, NOUN, OPENERS, ING),  # a worker *painting* a wall
     (PAINTING, NOUN, ANY, ING, lambda at: at.before in MOVERS),  # a man *painting*
     # a *cutting* board; a *smiling* man; and *smiling* people, a glass of *running* water
-    (RIDING, INSIDE + DEGREE + COMPOUND + BETWEEN + NOUN, THINGS + PAINTING + CAN, COMPOUND, compounds),
+    (
+        RIDING,
+        INSIDE + DEGREE + COMPOUND + BETWEEN + NOUN,
+        THINGS + PAINTING + CAN,
+        COMPOUND,
+        compounds,
+    ),
     (RIDING, INSIDE + DEGREE, NEXT + VERB, PARTICIPLE),
     (RIDING, BETWEEN + VERB + ING, NEXT + VERB, PARTICIPLE, lambda at: at.word in ING_STATE),
     (RIDING, PREPS, THINGS + PARKED + PAINTING, PARTICIPLE, lambda at: at.before in ("of", "with")),
-    (PLURAL, START, NOUN + ADJ, OWNER, lambda at: at.word in ("kids", "boys", "girls", "ladies")),  # kids rain boots
-    (CONJ, NOUN, NOUN + ORANGE, COMPOUND, lambda at: at.words[at.index + 2] in DISHES),  # ham *and* egg pie
+    (
+        PLURAL,
+        START,
+        NOUN + ADJ,
+        OWNER,
+        lambda at: at.word in ("kids", "boys", "girls", "ladies"),
+    ),  # kids rain boots
+    (
+        CONJ,
+        NOUN,
+        NOUN + ORANGE,
+        COMPOUND,
+        lambda at: at.words[at.index + 2] in DISHES,
+    ),  # ham *and* egg pie
     (RIDING, START + ARTICLES + ADJ, LINK, NOUN, lambda at: at.word in QUANTITY or not at.before),
     (PARKED, ANY, THINGS, NOUN, lambda at: at.word == "led"),  # an *LED* lamp
     (PARKED, INSIDE + BETWEEN + DEGREE + VERB + ING + NOUN, NEXT, PARTICIPLE),  # *parked* cars
@@ -515,7 +572,13 @@ RULES = (
     (PARKED, ADJ, VERB, NOUN),  # a small *dug* sits
     (PARKED, NOUN, COMMA + MARK, NOUN, lambda at: at.word == "set"),  # a sheet *set*
     (PARKED, START, LINK, NOUN, lambda at: at.word in QUANTITY),  # *set* of
-    (DET, ANY, VERB + RIDES, PRON, lambda at: at.word in ("another", "each", "this") and at.after[-1] == "s"),  # another *sits*
+    (
+        DET,
+        ANY,
+        VERB + RIDES,
+        PRON,
+        lambda at: at.word in ("another", "each", "this") and at.after[-1] == "s",
+    ),  # another *sits*
     (VERB, INSIDE, ANY, NOUN),  # a *stare* at
     # in red *smiles*
     (RIDES, ADJ, ANY, VERB, lambda at: at.words[at.index - 2] in ("in", "wearing", "wears")),
@@ -602,7 +665,13 @@ def is_thing(words, tags, first, last, subject):
         return False
     if before in ("says", "saying") and tags[first] != DET:
         return False  # a sign saying stop
-    if word in ("corner", "form", "shape") and after == "of" or word in ARRAYS and before == "in" and tags[first] != NUM:
+    if (
+        word in ("corner", "form", "shape")
+        and after == "of"
+        or word in ARRAYS
+        and before == "in"
+        and tags[first] != NUM
+    ):
         return False  # at the corner of, in a row
     if word in LOCATIONS and subject == last:
         return not {POSS, GENITIVE, OWNER}.isdisjoint(tags[first:last])
