@@ -44,32 +44,28 @@ UP, NEARBY, BACK, RIGHT, HAS, CAN, ALL, ONE, THAT, HER, TO, GENITIVE_S, QUOTE = 
 # Words by class: those of 20,012 COCO captions and the most frequent of a general list (wordfreq),
 # where ENDINGS err and it matters. Of verbs: the class of the word and of its form in -s.
 VERBS = {
-    (VERB, VERB): """accept add adjoin adjust admire adorn allow announce appear applaud apply
-    approach arrange arrive assemble assess assist attach attempt attend avoid await bake bathe
-    beckon become beg believe blame bless bounce brandish bring browse build buy caress carry carve
-    celebrate chat chew choose chop clash clutch collapse collect come commemorate commute compare
-    compete confirm confront congratulate connect consist contain continue contort converge convert
-    crawl create crouch cuddle decorate deliver demonstrate depart depict deploy descend describe
-    destroy detect devour dig dine discuss divide dodge dominate don doze drape dribble drift drown
-    dwarf eat embrace emerge encircle engage engulf enjoy ensure enter entertain evacuate examine
-    exceed expect explain explore extend fail fasten fidget fill find fix flank flee flow follow
-    frolic gain gallop gather gaze gesture get give glide gnaw go gobble grab grapple grasp graze
-    grow guide gush hang happen haul hear herd hike hoist hold hover huddle ignite ignore illuminate
-    illustrate include indicate indulge inject insert inspect install interact intersect investigate
-    invite jog join jot juggle jut keep kneel knit know laugh launch lay lean learn let lick lie
-    listen loom lose love lug lurk make maneuver march mean melt mention merge mingle mourn mow
-    munch nap navigate nestle nibble nod nuzzle obscure observe occupy occur operate overlap
-    overlook oversee pass pay peck peek peer perch perform persist plunge poke ponder portray
-    possess pounce pour prance prepare produce protrude prove provide put raise react read reap
-    receive recline recover reflect relax remain remove require resemble respond retrieve reveal
-    roam rotate rummage saunter say scamper scatter scold scowl scramble scrape scrub sculpt scurry
-    see seek seem sell send sew shave shear shove sing sip sit slather slump slurp snap snarl snatch
-    sniff snooze snuggle soak soar socialize soothe spar speak spend spew spin splash sprawl sprint
-    squeeze squint stare stay steal steer stir straddle strum strut stumble subdue submit suck
-    surround survive swallow sway swim swoop take teach tease tell tend think threaten throng throw
-    tickle tighten tilt topple trample trot trudge try tumble twirl undergo unload unpack unveil
-    unwind unwrap urge vow waddle wade wander want wear weave weigh welcome wield wrangle wrestle
-    write yank yawn zoom""",
+    (VERB, VERB): """accept add adjust admire adorn allow announce appear applaud apply approach
+    arrange arrive assemble assess assist attach attempt attend avoid await bake bathe become beg
+    believe blame bless bounce brandish bring browse build buy carry carve celebrate chat chew
+    choose chop clash clutch collapse collect come commemorate commute compare compete confirm
+    confront congratulate connect consist contain continue convert crawl create crouch cuddle
+    decorate deliver demonstrate depart depict deploy descend describe destroy detect devour dig
+    dine discuss divide dodge dominate don doze drape dribble drift drown dwarf eat embrace emerge
+    engage engulf enjoy ensure enter entertain evacuate examine exceed expect explain explore extend
+    fail fill find fix flank flee flow follow gain gallop gather gaze gesture get give glide go grab
+    grapple grasp graze grow guide hang happen haul hear herd hike hoist hold hover huddle ignite
+    ignore illuminate illustrate include indicate indulge inject insert inspect install interact
+    investigate invite jog join juggle jut keep kneel knit know laugh launch lay lean learn let lick
+    lie listen loom lose love make maneuver march mean melt mention merge mingle mourn munch nap
+    navigate nestle nod nuzzle obscure observe occupy occur operate overlap overlook oversee pass
+    pay peck peek peer perch perform persist plunge poke ponder portray possess pounce pour prepare
+    produce protrude prove provide put raise react read reap receive recover reflect relax remain
+    remove require resemble respond retrieve reveal roam rotate say scatter scramble scrape scrub
+    see seek seem sell send sew shave shear shove sing sip sit slump snap snatch sniff snooze
+    snuggle soak soar socialize speak spend spin splash sprint squeeze stare stay steal steer stir
+    stumble submit suck surround survive swallow sway swim take teach tease tell tend think threaten
+    throw tighten tilt trot try tumble undergo unload unveil urge vow wade wander want wear weave
+    weigh welcome wrestle write yawn zoom""",
     (RIDE, RIDES): """attack balance bark battle beat bend bite blow bounce brace brush bump capture
     cast catch change chase chat cheer claim clap climb combine cook crash cross cut dance display
     dive drag draw drive escape exhibit exit face fall feature feed fight finish flip float fly gain
@@ -87,56 +83,52 @@ VERBS = {
 }
 WORDS = {
     ADJ: """able absurd accurate acute adequate adjacent afghan african ajar alert alive alpine
-    amber american argentine artisan asian asleep austrian awake aware awkward axial bad bald bare
+    amber american argentine artisan asian asleep austrian awake aware awkward bad bald bare
     barefoot baroque barren beige best better big bilateral bitter bizarre black bland blank bleak
-    blind blond blonde blue blunt bottom brave brief bright brisk broad broke bronze brown brunette
-    buddhist bulgarian calico calm careful casual center certain cheap chic clean clear clever close
-    closed coarse cold common compact complete complex cool copper corporate correct crimson crisp
-    crude cuban curt cute cyan czech damp dark dead decent deep deft delicate dense desolate
-    desperate different diverse drab drowsy dual dull dumb dutch eager early eastbound eastern
-    elaborate elderly electric elegant enough entire equestrian european exact exquisite external
-    extreme faint fair fake familiar fancy far fast fat favorite feminine feral fertile few fierce
-    fiery final fine finite first flat foreign formal former fragile frail frantic free french fresh
-    front full fullsize gaunt gay gentle german giddy gilt glad gloomy gold golden good gourmet
-    grand gray great greek green grey grim gross handheld handicap handmade hard hasty hefty high
-    hind hoarse hollow homemade hot huge human humane humid hungarian icy idle immature immense
-    important incomplete indian indoor infinite inner intact intense intimate intricate inverted
-    iraqi irish israeli jagged jamaican jewish jolly jumbo juvenile keen kenyan khaki korean large
-    last late latin lavender lax lightweight little live lone long loose loud low lunar lush magenta
-    main major makeshift manual maroon masculine mature medium meek mellow metropolitan mexican
-    middle midsize mild mini minor mixed mobile modern modest moist much multi multiple muslim mute
-    naive naked narrow nearest neat neon nepalese new newborn next nice northbound northeastern
-    northwestern obese odd old only opaque open opposite optic oral ornate other outdoor outer
-    overcast overgrown overripe oversize overweight own pakistani pale parallel passionate pastel
-    peculiar perfect petite pink pinkish placid plain plump plush polite poor posh premature prim
-    pristine private prominent prone proper proud public pure purple quaint queer quick quiet rare
-    raw real recent red retro rich rigid ripe robust rogue roman rotten rotund rough round rundown
-    sad safe same scarce secluded second separate serene several severe shallow sharp sheer shorn
-    short shrewd sick silent silver similar simple sincere single sleek slender slick slight slim
-    slow small smart smiley smooth snug sober soft solar solemn solid somber sore southbound
-    southeastern spare sparse spicy spotless squat stale stark steep sterling stiff straight strange
-    stray striped strong sturdy sublime subtle suburban such sudden superb supple sure svelte sweet
-    swift swiss swollen syrian tall tame tan taut teal teenage tender tense tepid terse thick thin
-    third tibetan tight top trendy trim triple true turquoise twelfth twin ugly uneven unfinished
-    unique unknown unmade unripe unsafe unseen upbeat upmarket upper upscale upside urban vague vast
-    verdant victorian vile vintage vivid warm wary weak weird westbound western wet white whole
-    wicker wide widespread wild wooden woolen worthwhile wrong wry yellow young""",
-    NOUN: """academy agency animal anomaly army assembly autopsy baby balcony belly biopsy body
-    boundary broker buddy buggy bully bunny butterfly canal candy canopy canvas casualty cathedral
-    cavalry cereal ceremony charcoal cherry christmas cleaner colony comedy comic company cooler
-    coral corral county crystal curry daddy dairy daisy damper deputy diary dimmer doggy doily
-    duckling dumpling economy elephant embassy enemy evening fairy family ferry foreigner galaxy
-    garlic garnish gas germany goldfish gosling gravy gully gypsy herring hobby holly hospital
-    hungary husky infant infantry italy ivy jelly king kitty lady lens liberty library lily liver
-    lobby locomotive loner medal melody memorial metal mommy morning mosaic mummy mural music nanny
-    numeral opener owner party patriarchy patty penny picnic piggy plastic plenty pony poppy
+    blind blond blonde blue blunt bottom brave brief bright broad broke bronze brown brunette
+    buddhist bulgarian calico calm casual center certain cheap chic clean clear clever close closed
+    coarse cold common compact complete complex cool copper corporate correct crimson crisp crude
+    cuban cute cyan czech damp dark dead decent deep delicate dense desolate desperate different
+    diverse drab dual dull dumb dutch eager early eastern elaborate elderly electric elegant enough
+    entire equestrian european exact exquisite external extreme faint fair fake familiar fancy far
+    fast fat favorite feminine feral fertile few fierce fiery final fine finite first flat foreign
+    formal former fragile frantic free french fresh front full gay gentle german glad gold golden
+    good gourmet grand gray great greek green grey grim gross handheld handicap handmade hard high
+    hind hollow homemade hot huge human humane humid hungarian icy idle immature immense important
+    incomplete indian indoor infinite inner intact intense intimate intricate inverted iraqi irish
+    israeli jamaican jewish jolly jumbo juvenile keen kenyan khaki korean large last late latin
+    lavender lax lightweight little live lone long loose loud low lunar lush magenta main major
+    makeshift manual maroon masculine mature medium meek mellow metropolitan mexican middle mild
+    mini minor mixed mobile modern modest moist much multi multiple muslim mute naive naked narrow
+    nearest neat neon new newborn next nice northeastern northwestern odd old only opaque open
+    opposite optic oral ornate other outdoor outer overcast overgrown overripe overweight own
+    pakistani pale parallel passionate pastel peculiar perfect petite pink pinkish placid plain
+    plush polite poor posh premature pristine private prominent prone proper proud public pure
+    purple quaint queer quick quiet rare raw real recent red retro rich rigid ripe robust rogue
+    roman rotten rough round rundown sad safe same scarce secluded second separate several severe
+    shallow sharp sheer shorn short sick silent silver similar simple sincere single sleek slender
+    slick slight slim slow small smart smiley smooth sober soft solar solemn solid somber sore
+    southeastern spare sparse spicy squat stale stark steep sterling stiff straight strange stray
+    striped strong sublime subtle suburban such sudden superb sure sweet swift swiss swollen syrian
+    tall tame tan teal teenage tender tense thick thin third tibetan tight top trim triple true
+    turquoise twelfth twin ugly uneven unfinished unique unknown unmade unripe unsafe unseen upbeat
+    upper upscale upside urban vague vast victorian vile vintage vivid warm weak weird western wet
+    white whole wicker wide widespread wild wooden woolen worthwhile wrong yellow young""",
+    NOUN: """academy animal anomaly army assembly autopsy baby balcony belly biopsy body boundary
+    buddy buggy bully bunny butterfly canal candy canopy canvas casualty cathedral cereal ceremony
+    charcoal cherry christmas cleaner colony comedy comic company cooler coral corral county crystal
+    curry daddy dairy daisy deputy diary doggy duckling dumpling economy elephant embassy enemy
+    evening fairy family ferry foreigner galaxy garlic garnish gas germany goldfish gravy gypsy
+    herring hobby holly hospital hungary husky infant italy ivy jelly king kitty lady lens liberty
+    library lily liver lobby locomotive medal melody memorial metal mommy morning mosaic mummy mural
+    music nanny numeral opener owner party patty penny picnic piggy plastic plenty pony poppy
     president priest primer property puppy quarry rally remedy restaurant ruby shed shelving sibling
     sky sled spring spy stable student study supply symphony tabby teddy teenager terminal thing
-    topper traffic tragedy trolley trolly vegetable viking warmer whisky""",
+    topper traffic tragedy trolly vegetable viking warmer whisky""",
     PLURAL: "buffalo cattle children deer feet geese men mice people police sheep teeth women",
-    VERB: """ate became began blew broke came chose drank drove fell felt flew gave got grew knelt
-    laid leapt meant met ran rang rode said sang sank sat saw shook slept slid spent spoke sprang
-    stole stood struck stuck swam swore threw took tore went wept withdrew woke won wore wrote""",
+    VERB: """ate became began blew broke came chose drank drove fell felt flew gave got grew laid
+    meant met ran rang rode said sang sank sat saw shook slept slid spent spoke stole stood struck
+    stuck swam swore threw took tore went withdrew woke won wore wrote""",
     PARKED: """beaten bent bitten blown born bought bound broken brought built burnt caught chosen
     clad cut dealt done drawn driven dug eaten fallen fed flown forgotten found frozen given gone
     grown held hidden hung inlaid kept known laden laid led lit lost made mistaken overgrown paid
@@ -145,8 +137,8 @@ WORDS = {
     written""",
     PAINTING: """awning bedding building carving ceiling clothing covering crossing drawing dressing
     dwelling earring etching filling flooring frosting icing landing lettering lighting lining
-    netting offering opening painting paneling plumbing pudding railing ring roofing scaffolding
-    seating serving setting siding string stuffing topping tubing wedding wing writing""",
+    netting offering opening painting paneling plumbing pudding railing ring scaffolding seating
+    serving setting siding string stuffing topping wedding wing writing""",
     ORANGE: "adult antique female giant half light male miniature orange oval plaid rear square",
     DET: "a an another any each either every neither some the these this those",
     POSS: "his its my our their whose your",
@@ -158,11 +150,11 @@ WORDS = {
     on onto past per than through throughout thru til till toward towards under underneath unlike
     until upon versus via w/ w/o with within without""",
     UP: "aboard about around by down inside off out outside over up",
-    ADV: """abroad afar again ago ahead airborne alone also altogether always anywhere apart apiece
-    ashore aside away backstage downhill downstairs downward downwards else elsewhere even ever
-    everywhere farther further halfway here how indoors instead just maybe meanwhile never not now
-    often once online onstage outdoors outward overnight perhaps rather sideways sometimes somewhere
-    soon still then there together too twice uphill upright upstairs upwards yet""",
+    ADV: """abroad afar again ago ahead airborne alone also altogether always anywhere apart ashore
+    aside away backstage downhill downstairs downward downwards else elsewhere even ever everywhere
+    farther further halfway here how indoors instead just maybe meanwhile never not now often once
+    online onstage outdoors outward overnight perhaps rather sideways sometimes somewhere soon still
+    then there together too twice uphill upright upstairs upwards yet""",
     NEARBY: "backward backwards forward nearby overhead underwater",
     DEGREE: "almost extra less more most no otherwise pretty quite so somewhat super very well",
     BE: "am are aren't be been being is isn't was were",
@@ -217,17 +209,15 @@ DEGREES = ("(er|est)$", ""), ("(?<=e)(r|st)$", ""), (r"(.)\1(er|est)$", r"\1"), 
 # chair") and after a preposition of place ("near loading dock").
 ING_ALWAYS = """baking charging cutting dining fishing frying gaming hiking living parking roasting
     rowing sewing shopping steering swimming vending""".split()
-ING_STATE = """amazing appearing barking beaming billowing bleeding blinking blooming blossoming
-    boiling bouncing breaking bubbling burning cascading cheering crashing crawling crumbling crying
-    curving dangling decaying drifting dripping drooping dying eating fading falling flaming
-    flapping flashing flickering floating flowing fluttering flying galloping gleaming glistening
-    glowing grinning hanging hovering howling incoming interesting jumping kneeling laughing leaning
-    leaping limping looking lounging lurking matching melting moving oncoming overflowing
-    overhanging passing peeling pouncing prancing prowling rising roaring rolling rotting running
-    rushing screaming setting shimmering shining simmering sinking sitting sizzling slanting sloping
-    smiling smoking smoldering snarling soaring sparkling spiraling sprawling squirming standing
-    staring steaming striking surrounding swaying swirling teetering towering trailing tumbling
-    twinkling twisting undulating wagging walking weeping wilting winding working yawning""".split()
+ING_STATE = """amazing appearing barking billowing bleeding blinking blooming blossoming boiling
+    bouncing breaking burning cheering crashing crawling crumbling crying curving dangling drifting
+    dripping drooping dying eating fading falling flaming flashing floating flowing flying galloping
+    gleaming glistening glowing grinning hanging hovering incoming interesting jumping kneeling
+    laughing leaning leaping looking lounging lurking matching melting moving oncoming passing
+    peeling pouncing rising roaring rolling rotting running rushing screaming setting shining
+    sinking sitting sizzling smiling smoking soaring sparkling standing staring steaming striking
+    surrounding towering trailing twisting wagging walking weeping wilting winding working yawning
+    """.split()
 FORMS = ("down", "through", "fit", "length", "neck", "size", "sleeve", "story", "style")
 PLACING = ("by", "near", "beside", "at", "on", "in", "under", "behind")
 DISHES = with_plurals("casserole curry dish omelet pie pizza salad sandwich soup stew")
@@ -241,60 +231,51 @@ FIXED = with_plurals("""big-ben big-rig boarding-pass brief-case chess-set close
     running-shoe smart-phone stainless-steel swim-trunk swing-set tea-set television-set third-base
     throw-blanket throw-pillow top-hat train-set wet-suit wild-flower""")
 # "a group of people" is one phrase, and people is its subject.
-QUANTITY = with_plurals("""abundance amount armful array assortment batch battalion bevy bit bite
-    brood bunch bundle chunk clump cluster clutch collection colony convoy couple crowd dab dash
-    dollop dozen drove duo entourage expanse fleet flock flurry fraction fragment gaggle gang
-    gathering group grouping half handful heap herd horde host hundred jumble kind legion line
-    litter load lot majority medley million mob mound mouthful multitude myriad number pack pair
-    parade part patch piece pile pinch plenty plethora pod portion pride procession quartet rest row
-    sampling scattering school scrap section selection series serving set shower slew slice sliver
-    smattering sort splash spoonful sprig sprinkling squad squadron stack strand stretch string
-    strip swarm swath swirl tangle team thousand ton trio troop type variety wealth wedge""")
+QUANTITY = with_plurals("""abundance amount array assortment batch battalion bit bite brood bunch
+    bundle chunk clump cluster clutch collection colony convoy couple crowd dab dash dollop dozen
+    drove expanse fleet flock fraction fragment gaggle gang gathering group grouping half handful
+    heap herd host hundred kind line litter load lot medley million mob mound mouthful multitude
+    myriad number pack pair parade part patch piece pile pinch plenty pod portion pride procession
+    quartet rest row sampling scattering school scrap section selection series serving set shower
+    slew slice sort splash spoonful sprig squad stack strand stretch string strip swarm swirl tangle
+    team thousand ton trio troop type variety wealth wedge""")
 # A picture of a dog shows a dog: the dog is a phrase, the picture is none.
 PICTURES = with_plurals("""close close-up closeup footage image photo photograph picture portrait
     screenshot selfie shot snapshot up view""")
 # Times, events, manners, sports, abstractions: one cannot point at them. Nor at what ends as they
 # do, but for CONCRETE.
-NOT_THINGS = with_plurals("""access accident action advantage adventure advice afternoon ages
-    agreement aim air am amazement anger anniversary appetite approach april arrival aspect
-    assistance attack attempt attention attitude august authority backhand badminton balance battle
-    bedtime behalf behavior belief benefit birth birthday bombing break breath budget bunt call
-    campaign career carnival cartwheel cause celebration century ceremony championship chance chase
-    choice christmas circumstance cm color comment compassion competition concept concern concert
-    confusion contact contest contrast cost courage crash crime danger dawn day daytime death debate
-    decade december decision decrease defeat delay delight demand departure desire development
-    dinnertime disaster discussion dozen dunk duration dusk earthquake easter effect effort election
-    emergency emotion employment entertainment era escape evening event example excitement
-    experience explosion expression extension failure faith fame fashion fate favor fear february
-    feel feeling festival fight flight focus forehand freedom friday friendship ft fun funeral fury
-    future gallon game gb gender golf grace grip growth guidance guilt haircut halftime halloween
-    handstand happiness harm haste hazard health hearing height help history hockey holiday homerun
-    homework hope hour humor hunger hurricane hurry idea illusion impact importance impression inch
-    incident income increase independence influence inspection inspiration intent intention interest
-    interview invasion investigation issue january job joke journey joy july jump june justice kg
-    kind kindness kiss knowledge l labor lack language laugh laughter launch layup lb lbs leadership
-    learning leisure length lesson level life lifestyle liter look luck lunchtime m magic maneuver
-    manner marathon marriage match matches matter meaning meeting memory mercy method midair midday
-    midnight midst mind mission mistake ml mm mode moment monday month mood morning motion move
-    movement mph music myth nap nature need news night nighttime noise noon notice november occasion
-    october ollie opinion option order origin outbreak outskirts oz pace pain pandemic panic parade
-    party passion past pcs peace penalty percent permission philosophy picnic play playtime pleasure
-    pm policy politics possession poverty practice praise premiere presence pressure pride privacy
-    problem process profit progress prominence promise proof protest purpose pursuit quality
-    quarantine quest question race rally rate reality reason recovery rehearsal relationship
-    religion research rest result retirement rhythm ride risk role romance routine rule sadness
-    safety sake saturday scandal schedule search season sense september serve session shame shipment
-    shock shooting show significance silence situation size skiing skill sleep smell solitude
-    somersault sort speech speed spirit springtime stability stance status strategy strength stress
-    strike struggle stunt style success summer summertime sunday surgery surprise surroundings talk
-    tantrum task taste temperature tennis tension theme theory thought threat thrill thursday time
-    timing today tonight topic touch touchdown tour tournament tradition training transit transport
-    treatment trend trial trick trip trouble truth tuesday turn twilight type unison use vacation
-    value variety verdict victory vigil violence vision visit volley vote wait wake war wealth
-    weather wedding wednesday week weekend weeknight welfare wheelie will wind winter wintertime
-    wisdom wish wonder work worry x year zeal""")
+NOT_THINGS = with_plurals("""access accident advantage adventure advice afternoon ages agreement aim
+    air am amazement anger anniversary appetite approach april arrival aspect attack attempt
+    attitude august backhand badminton battle behalf behavior belief benefit birth break breath
+    budget bunt call campaign career carnival cartwheel cause century ceremony chase choice
+    christmas cm color comment compassion concept concern concert confusion contact contest contrast
+    cost courage crash crime danger dawn death debate decade december decision decrease defeat delay
+    delight demand departure desire development disaster discussion dozen dunk dusk earthquake
+    easter effect effort employment entertainment era escape evening event example excitement
+    explosion expression extension failure faith fame fashion fate favor fear february feel festival
+    fight flight focus forehand freedom ft fun funeral future gallon game gb gender golf grace grip
+    growth guilt haircut halloween handstand harm health height help history hockey homework hope
+    hour humor hunger hurricane hurry idea illusion impact impression inch incident income increase
+    intent interest interview invasion issue january job joke journey joy july jump june justice kg
+    kind kiss knowledge l labor lack language laugh laughter launch lbs leisure length lesson level
+    life lifestyle liter look luck m magic maneuver manner marathon marriage match matches matter
+    memory method midair midday midst mind mission mistake ml mm mode moment month mood morning move
+    movement mph music myth nap nature need news noise noon notice november occasion october ollie
+    opinion order origin outbreak outskirts oz pace pain pandemic panic parade party passion past
+    pcs peace penalty percent permission philosophy picnic play pleasure pm policy politics
+    possession poverty practice praise premiere pressure pride privacy problem process profit
+    progress promise proof protest purpose pursuit quarantine quest race rally rate reason recovery
+    rehearsal religion research rest result retirement rhythm ride risk role routine rule safety
+    sake scandal schedule search season sense september serve session shame shipment shock show size
+    skill sleep smell solitude somersault sort speech speed spirit status strategy strength stress
+    strike struggle stunt style success summer surgery surprise surroundings talk tantrum task taste
+    temperature tennis tension theme theory thought threat thrill time topic touch touchdown tour
+    tournament transit transport treatment trend trial trick trip trouble truth turn twilight type
+    unison use value variety verdict victory vigil vision visit volley vote wait wake war wealth
+    weather wedding week weekend welfare wheelie will wind winter wisdom wish wonder work worry x
+    year""")
 ABSTRACT = re.compile(
-    r".*(?:ness|ism|[ae]nc[ey]|it(?:y|ie)|(?<!ic)ation|[^a]tion|(?:er|nd|on)ship)s?$"
+    r".*(?:ness|ism|[ae]nc(?:e|y|ie)|it(?:y|ie)|(?<!ic)ation|[^a]tion|(?:er|nd|on)ship|day|time|(?<!k)night)s?$"
 )
 CONCRETE = with_plurals("""ambulance amenity appliance audience city collection community
     construction contraption creation decoration entrance facility fence formation foundation
@@ -310,9 +291,9 @@ BARE = with_plurals("""bat bloom board class construction dinner display duty fi
 ARRAYS = with_plurals("row line circle group pile")
 ACTS = with_plurals("""bath bite bow catch cut drink flip guard hit hug kiss leap look place pose
     shot sip spill spin step swing thumb walk way""")
-TAKING = """attempting attempts do does doing gave get getting give gives giving has have having
-    make makes making perform performing performs playing stand standing stands strike strikes
-    striking take taken takes taking took""".split()
+TAKING = re.compile(
+    "(?:attempt|do|gett?|giv|hav|mak|perform|play|stand|strik|tak)(?:e?s|e|ing)?$|did|gave|got|has|took"
+)
 # What most often does what a verb says: in "a man in a hat riding a horse" the man rides. After
 # "the", the first alone; after "a", any noun, but for words of MANY ("a few street signs").
 PEOPLE = """actor artist athlete barber barista bartender batter bear bicyclist biker boy bride
@@ -326,8 +307,7 @@ PEOPLE = """actor artist athlete barber barista bartender batter bear bicyclist 
     toddler tourist trainer umpire vendor waiter waitress wife woman worker zebra""".split()
 MOVERS = with_plurals(" ".join(PEOPLE)) | with_plurals("""airplane bird boat bus children couple cow
     elephant horse men people plane team train truck women""")
-OWNERS = ("his", "her", "its", "their")
-SINGULAR = ("a", "an", "one", "another", "each", "every")
+SINGULAR = ("a", "an", "one", "another", "each", "every", "this")
 MANY = QUANTITY | {"few", "several", "many"}
 
 # A word or a sign, caption[start:end], and its tag. A noun phrase and its subject, the head noun
@@ -401,11 +381,13 @@ OPENERS = ARTICLES + HER  # starts a noun phrase and cannot go on one
 INSIDE = ARTICLES + ADJ + PARTICIPLE + NUM + GENITIVE  # stands in one, before its noun
 PREPS = PREP + LINK
 BETWEEN = START + JOINTS + PREPS  # stands before one
+AMID = INSIDE + DEGREE + COMPOUND + BETWEEN + NOUN
 PLACES = PREPS + UP + ADV
 FOLLOWS = PLACES + TO + SUB + JOINTS + MARK + OPENERS + NEARBY + PRON + THAT  # follows a verb
 
-# What a test of a rule looks at: all words and tags; tags from index on are classes.
-Near = namedtuple("Near", "words tags index before word after left2 right2")
+# What a test of a rule looks at: all words and tags, those around a word; tags from index on are
+# classes.
+Near = namedtuple("Near", "words tags index before2 before word after after2 left2 left right2")
 
 
 def is_person(word):
@@ -417,7 +399,7 @@ def after_one(at):
     near = "".join(at.tags[max(2, at.index - 8) : at.index])
     phrase = re.search("[DCP](?:[JZNSU]|[,K](?=[JK]))*$", near)
     before = at.words[at.index - len(phrase[0]) : at.index] if phrase else [""]
-    if before[0] == "the" or before[0] in OWNERS:
+    if before[0] in ("the", "his", "her", "its", "their"):
         return at.before in PEOPLE
     return before[0] in SINGULAR and at.word[-1] == "s" and not MANY.intersection(before)
 
@@ -429,33 +411,27 @@ def after_two(at):
     return several and LEXICON.get(at.word + "s") == RIDES and not re.search("[VGEB]", some)
 
 
+def in_clothes(at):
+    """The first verb: a man in a hat *waves* to, two men in full gear *climb* up."""
+    start = re.match("[DP]?[JZCNSU]*([NS])I[DPJZCNSUK]*$", "".join(at.tags[2:12][: at.index - 2]))
+    if not start or at.words[start.end(1) + 2] != "in":
+        return False
+    some = start[1] == PLURAL
+    return some == (at.tags[at.index] == RIDE) and is_person(at.words[start.end(1) + 1])
+
+
 def compounds(at):
     """A *cutting* board, but a *riding* man; between phrases only ING_ALWAYS: *parking* lots."""
-    left = at.tags[at.index - 1]
     if at.word in ING_ALWAYS:
-        return left not in JOINTS + START + NOUN or at.before not in MOVERS
-    placed = left in INSIDE + COMPOUND or at.before in PLACING
+        return at.left not in JOINTS + START + NOUN or at.before not in MOVERS
+    placed = at.left in INSIDE + COMPOUND or at.before in PLACING
     return placed and at.word not in ING_STATE and at.after not in MOVERS
 
 
 def hand_in_hand(at):
     """Walk *hand* in *hand*."""
-    i = at.index
-    return (at.after in ("in", "to", "by") and at.words[i + 2] == at.word) or (
-        at.before in ("in", "to", "by") and at.words[i - 2] == at.word
-    )
-
-
-def in_clothes(at):
-    """The first verb: a man in a hat *waves* to, two men in full gear *climb* up."""
-    some = "".join(at.tags[2 : at.index])
-    of = re.match("[DP]?[JZCNSU]*([NS])I[DPJZCNSUK]*$", some)
-    return (
-        of
-        and "in" in at.words[: at.index]
-        and (of[1] == PLURAL) == (at.tags[at.index] == RIDE)
-        and is_person(at.words[1 + of.end(1)])
-    )
+    first = at.word == at.after2 and at.after in ("in", "to", "by")
+    return first or at.word == at.before2 and at.before in ("in", "to", "by")
 
 
 def owns(at):
@@ -471,100 +447,49 @@ RULES = (
     (ADV, DET + POSS, STARTS, ADJ),  # a *still* lake
     (ADJ, NOUNS, RIGHT, ADV, lambda at: at.word in LOCATIONS),  # zebra *bottom* left
     (ADJ, NOUN, ANY, NOUN, lambda at: at.word in LOCATIONS),  # a hill *top*
-    (
-        ADJ,
-        DET + POSS,
-        PLACES + VERB + MARK,
-        NOUN,
-        lambda at: at.word[-1] in "yl" and at.before != "all",
-    ),  # a *guppy* in
+    (ADJ, DET + POSS, PLACES + VERB + MARK, NOUN, lambda at: at.word[-1] in "yl"),  # a *guppy* in
     (ORANGE, ANY, JOINTS, ADJ, lambda at: at.right2 == ADJ),  # an *orange* and red bus
     (ORANGE, NOUN, ANY, NOUN),  # a street *light*
     (ORANGE, ANY, RIDING, ADJ, lambda at: at.word not in LEXICON and at.right2 in THINGS),
     (ORANGE, ANY, RIDES + RIDING + VERB, NOUN),  # an *orange* sits
     (ORANGE, ANY, RIGHT, NOUN, lambda at: at.right2 in LINK),  # a *square* left of
-    (
-        ORANGE,
-        ARTICLES,
-        PLURAL + LIGHTS,
-        NOUN,
-        lambda at: at.right2 in OPENERS,
-    ),  # a *medic* checks the
+    (ORANGE, ARTICLES, PLURAL + LIGHTS, NOUN, lambda at: at.right2 in OPENERS),  # *medic* checks a
     (ORANGE, ANY, NOUNISH, ADJ),  # an *orange* bus
     (ORANGE, PLURAL, OPENERS, VERB),  # candles *light* a room
     (ORANGE, BE + DEGREE, ANY, ADJ),  # is *orange*
     (NOUN, ADJ, THINGS, ADJ, lambda at: at.word in FORMS),  # a long *sleeve* shirt
-    # *mountain* climbing
     (NOUN + ORANGE + RIDE, NOUNS + BE + VERB, RIDING, ADV, lambda at: at.after in ACTIVITIES),
-    (NOUN, COMMA + MARK, ADJ, ADJ, lambda at: not at.words[at.index + 2]),  # , *dishwasher* safe
-    (NOUN, ANY, ANY, ADV, lambda at: hand_in_hand(at)),
+    (NOUN, COMMA + MARK, ADJ, ADJ, lambda at: not at.after2),  # a bowl, *dishwasher* safe
+    (NOUN, ANY, ANY, ADV, hand_in_hand),
     (NOUN, PLURAL + INF, OPENERS, VERB),  # to *pedal* a bike
-    (
-        NOUN,
-        PLURAL,
-        PLACES + TO + SUB,
-        VERB,
-        lambda at: at.left2 in START + NUM or at.words[at.index - 2] in MANY,
-    ),  # two men *grapple* on
-    (PLURAL + LIGHTS, NOUN + DEGREE, OPENERS, VERB),  # a boy *pedals* his bike
-    # a man stands and *bends* his knees
-    (PLURAL, CONJ, OPENERS, VERB, lambda at: VERB in at.tags[: at.index][-9:]),
-    (PLURAL + LIGHTS, PLURAL, OPENERS, VERB),  # rows of lights *line* the
+    (NOUN, PLURAL, PLACES + TO + SUB, VERB, lambda at: at.left2 in START + NUM),  # men *nap* on
+    (PLURAL + LIGHTS, NOUN + PLURAL + DEGREE, OPENERS, VERB),  # a boy *pedals* his bike
+    (PLURAL, CONJ, OPENERS, VERB, lambda at: VERB in at.tags[: at.index][-9:]),  # and *bends* his
     (PLURAL + LIGHTS, PRON, ANY, VERB),  # as she *bends*
-    (LIGHTS, NOUN, NOUNS + ADJ, VERB, after_one),
-    (
-        PLURAL,
-        NOUN,
-        NOUNS + ADJ,
-        VERB,
-        lambda at: at.before in PEOPLE and after_one(at),
-    ),  # a chef *slices* onions
+    (PLURAL, NOUN, NOUNS + ADJ, VERB, lambda at: at.before in PEOPLE and after_one(at)),
+    (LIGHTS, NOUN, NOUNS + ADJ, VERB, after_one),  # a chef *slices* onions
     (PLURAL + LIGHTS, NOUN, FOLLOWS + RIDING, VERB, after_one),  # a bird *perches* on
     (PLURAL, ANY, THINGS + ADJ + BACK, OWNER, owns),  # a *mans* hat
+    (PLURAL, START, NOUN + ADJ, OWNER, lambda at: at.word in ("kids", "boys", "girls", "ladies")),
     (RIDE, REL + PRON + AUX + INF, ANY, VERB),  # to *ride*
     (RIDE, JOINTS, ANY, VERB, lambda at: at.left2 == VERB),  # sit and *ride*
     (RIDE, PLURAL + BE, NEXT + FOLLOWS, VERB),  # people *ride* on
     (RIDE, NOUN, OPENERS + PRON, VERB, lambda at: is_person(at.before)),  # a man *beat* it
-    (
-        RIDE,
-        NOUN,
-        FOLLOWS,
-        VERB,
-        lambda at: at.before in ("family", "team", "crowd", "couple", "crew"),
-    ),  # the family *wave* from
-    (RIDE + LIGHTS + PLURAL, NOUN, PLACES + OPENERS + NOUN, VERB, in_clothes),
+    (RIDE, NOUN, FOLLOWS, VERB, lambda at: at.before in ("family", "team", "crowd", "couple")),
     (RIDE, NOUN + COMMA, OPENERS + PLACES, VERB, after_two),  # a man and a woman *ride* on
+    (RIDE + LIGHTS + PLURAL, NOUN, PLACES + OPENERS + NOUN, VERB, in_clothes),
     (PAINTING, PLURAL + BE + PRON + VERB, ANY, ING),  # people *painting*
     (PAINTING, NOUN, OPENERS, ING),  # a worker *painting* a wall
     (PAINTING, NOUN, ANY, ING, lambda at: at.before in MOVERS),  # a man *painting*
     # a *cutting* board; a *smiling* man; and *smiling* people, a glass of *running* water
-    (
-        RIDING,
-        INSIDE + DEGREE + COMPOUND + BETWEEN + NOUN,
-        THINGS + PAINTING + CAN,
-        COMPOUND,
-        compounds,
-    ),
+    (RIDING, AMID, THINGS + PAINTING + CAN, COMPOUND, compounds),
     (RIDING, INSIDE + DEGREE, NEXT + VERB, PARTICIPLE),
     (RIDING, BETWEEN + VERB + ING, NEXT + VERB, PARTICIPLE, lambda at: at.word in ING_STATE),
     (RIDING, PREPS, THINGS + PARKED + PAINTING, PARTICIPLE, lambda at: at.before in ("of", "with")),
-    (
-        PLURAL,
-        START,
-        NOUN + ADJ,
-        OWNER,
-        lambda at: at.word in ("kids", "boys", "girls", "ladies"),
-    ),  # kids rain boots
-    (
-        CONJ,
-        NOUN,
-        NOUN + ORANGE,
-        COMPOUND,
-        lambda at: at.words[at.index + 2] in DISHES,
-    ),  # ham *and* egg pie
     (RIDING, START + ARTICLES + ADJ, LINK, NOUN, lambda at: at.word in QUANTITY or not at.before),
+    (CONJ, NOUN, NOUN + ORANGE, COMPOUND, lambda at: at.after2 in DISHES),  # ham *and* egg pie
     (PARKED, ANY, THINGS, NOUN, lambda at: at.word == "led"),  # an *LED* lamp
-    (PARKED, INSIDE + BETWEEN + DEGREE + VERB + ING + NOUN, NEXT, PARTICIPLE),  # *parked* cars
+    (PARKED, AMID + VERB + ING, NEXT, PARTICIPLE),  # *parked* cars
     (PARKED, ARTICLES, UP + PREP, PARTICIPLE, lambda at: at.right2 in NOUNS + ADJ),
     (PREP + UP, PARTICIPLE, ANY, PARTICIPLE),  # a fenced *in* area
     (PARKED, ARTICLES, RIGHT, PARTICIPLE),  # a *broken* left wing
@@ -572,20 +497,13 @@ RULES = (
     (PARKED, ADJ, VERB, NOUN),  # a small *dug* sits
     (PARKED, NOUN, COMMA + MARK, NOUN, lambda at: at.word == "set"),  # a sheet *set*
     (PARKED, START, LINK, NOUN, lambda at: at.word in QUANTITY),  # *set* of
-    (
-        DET,
-        ANY,
-        VERB + RIDES,
-        PRON,
-        lambda at: at.word in ("another", "each", "this") and at.after[-1] == "s",
-    ),  # another *sits*
+    (DET, ANY, VERB + RIDES, PRON, lambda at: at.word in SINGULAR and at.after[-1] == "s"),
     (VERB, INSIDE, ANY, NOUN),  # a *stare* at
-    # in red *smiles*
-    (RIDES, ADJ, ANY, VERB, lambda at: at.words[at.index - 2] in ("in", "wearing", "wears")),
+    (RIDES, ADJ, ANY, VERB, lambda at: at.before2 in ("in", "wearing", "wears")),  # red *smiles*
     (RIDES, INSIDE + PREPS + START + COMPOUND, ANY, PLURAL),  # two *rides*
     (TO, ANY, VERB + BE, INF),  # *to* eat
     (TO, ANY, RIDE, INF, lambda at: at.before != "next"),  # *to* ride
-    (TO, ANY, NOUN, INF, lambda at: at.right2 in OPENERS and at.before != "next"),  # *to* don a hat
+    (TO, ANY, NOUN, INF, lambda at: at.right2 in OPENERS and at.before != "next"),  # *to* don a
     (TO, ANY, PARKED, INF, lambda at: at.after in ("cut", "put", "set", "shut")),
     (BACK, ARTICLES + ADJ + GENITIVE + OWNER + PREPS + START, ANY, NOUN),  # the *back* of
     (NEARBY, ARTICLES + ADJ, ANY, ADJ),  # a *nearby* house
@@ -623,8 +541,8 @@ def decide(words, classes):
             tags[i : i + 2] = NOUN, PLURAL if after[-1] == "s" else NOUN
         for left, right, tag, test in RULES_OF.get(tags[i], ()):
             if tags[i - 1] in left and tags[i + 1] in right:
-                near = test and Near(words, tags, i, before, word, after, tags[i - 2], tags[i + 2])
-                if test is None or test(near):
+                around = (*words[i - 2 : i + 3], tags[i - 2], tags[i - 1], tags[i + 2])
+                if test is None or test(Near(words, tags, i, *around)):
                     tags[i] = tag
                     break
         else:
@@ -656,7 +574,7 @@ def noun_phrases(tags):
 def is_thing(words, tags, first, last, subject):
     """Whether one can point at what the noun phrase words[first : last + 1] names."""
     word, before, after = words[last], words[first - 1], words[last + 1]
-    taken = before in TAKING
+    taken = TAKING.match(before)
     shown = after in ("on", "hanging", "hung", "above") and before != "for"
     if word in PICTURES and not shown:
         return word == "view" and subject < last and after != "of"  # a lake view
