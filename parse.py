@@ -647,17 +647,18 @@ def subject_texts(parsed):
 
 # Universal Dependencies: parts of speech with their tags; relations inside a noun phrase, where
 # nouns are "compound"; relations of words that wait for a head to their right.
-EXPLETIVE = "X"  # *there* is a dog: a tag that only a tree asks for
-UPOS = dict(ADJ=ADJ, ADP=PREPS, ADV=ADV + DEGREE, AUX=BE + AUX, CCONJ=CONJ, DET=DET, NUM=NUM)
-UPOS |= dict(NOUN=COMPOUNDS + OWNER, PRON=POSS + PRON + REL + EXPLETIVE, SCONJ=SUB)
+# Tags that only a tree asks for: *there* is a dog, *both* a cat and a dog, *ice* skating.
+EXPLETIVE, BOTH, ICE = "XFa"
+UPOS = dict(ADJ=ADJ, ADP=PREPS, ADV=ADV + DEGREE, AUX=BE + AUX, CCONJ=CONJ + BOTH, DET=DET, NUM=NUM)
+UPOS |= dict(NOUN=COMPOUNDS + OWNER + ICE, PRON=POSS + PRON + REL + EXPLETIVE, SCONJ=SUB)
 UPOS |= dict(PART=INF + GENITIVE, PUNCT=COMMA + MARK, VERB=VERB + ING + PAST + PARTICIPLE)
 INNER = {DET: "det", POSS: "nmod:poss", OWNER: "nmod:poss", ADJ: "amod", PARTICIPLE: "amod"}
 INNER |= {DEGREE: "advmod", NUM: "nummod"}
 WAITS = {ADV: "advmod", DEGREE: "advmod", PREP: "case", LINK: "case", GENITIVE: "case", CONJ: "cc"}
 WAITS |= {INF: "mark", SUB: "mark", BE: "aux", AUX: "aux", EXPLETIVE: "expl"}
-WAITS |= {COMMA: "punct", MARK: "punct"}
+WAITS |= {COMMA: "punct", MARK: "punct", BOTH: "cc:preconj", ICE: "compound"}
 HAVE = ("has", "have", "having")
-NOMINAL, PLACE, EXISTS = "n", "a", "b"  # a noun phrase; next *to*; there *is*
+NOMINAL, PLACE, EXISTS = "n", "c", "b"  # a noun phrase; next *to*; there *is*
 NONE, WAITING = -1, -2  # no word; the head of a word that has none yet
 # "picks up a box": up belongs to picks; "tries to", "starts": what follows completes it; "gives a
 # boy a ball"; "cuts it with a knife": the knife belongs to cuts.
@@ -689,6 +690,12 @@ def refine(words, tags):
             tags[i] = EXPLETIVE
         elif word == "about" and after == "to":
             tags[i] = ADJ
+        elif word == "both" and tags[i] == ADV:
+            tags[i] = BOTH
+        elif tags[i] == ADV and after in ACTIVITIES:
+            tags[i] = ICE
+        elif word in ("no", "and"):
+            tags[i] = LEXICON["the" if word == "no" else "and"]
         elif word in ("after", "before") and after in ("he", "she", "they", "we"):
             tags[i] = SUB
         elif tags[i] == PREP and tags[i - 1] in VERB + ING + PAST:
@@ -703,8 +710,8 @@ class Grower:
     takes it. The attributes are indices of words: the latest of each kind.
     """
 
-    def __init__(self, words, tags):
-        self.words, self.tags, self.ends = words, tags, dict(noun_phrases(tags))
+    def __init__(self, words, tags, spans):
+        self.words, self.tags, self.ends = words, tags, dict(spans)
         self.heads, self.labels = [WAITING] * len(words), [""] * len(words)
         self.root = self.noun = self.verb = self.first_verb = NONE
         self.joined = self.joint = NONE  # a noun phrase joined to another, and its conjunction
@@ -730,6 +737,8 @@ class Grower:
                 self.hang(i, i - 1, "case")
                 self.hang(i - 1, owner, "nmod:poss")
                 owner = i - 1
+            elif tag == PARTICIPLE and classify(self.words[i]) in PREP + UP:
+                self.hang(i, i - 1, "compound:prt")  # a fenced in area
             elif tag == MARK:  # a "stop" sign
                 closes = MARK in self.tags[first:i]
                 self.hang(i, i - 1 if closes else i + 1, "punct")
@@ -741,11 +750,12 @@ class Grower:
                     for member in joined:
                         self.hang(member, chain, "conj")
             elif not self.labels[i]:
+                inner = tag == DET and i > first or tag == NOUN and CONJ in self.tags[first:i][-1:]
                 story = tag == NUM and "".join(self.tags[i + 1 : last + 1]) == NOUN * 2
-                near = tag == DEGREE or tag == NOUN and after == PARTICIPLE
+                near = tag == DEGREE or inner or tag == NOUN and after == PARTICIPLE
                 near = near or story and self.words[i] != "one"  # a three story house
                 self.hang(i, i + 1 if near else owner, INNER.get(tag, "compound"))
-            if tag in (ADJ, PARTICIPLE):
+            if tag in (ADJ, PARTICIPLE) or tag == NOUN and i == last - 1:
                 adjective = i
 
     def grow(self):
@@ -858,12 +868,8 @@ class Grower:
         finite = not free or kind in (VERB, EXISTS)
         for word in self.cases + self.waiting:
             self.heads[word] = index
-            if word in self.cases and free and kind in VERB + ING:
-                self.labels[word] = "mark"  # for cutting
         if copula and kind not in VERB + ING:
             self.labels[self.auxiliary] = "aux:pass" if kind == PAST else "cop"
-        if self.relative >= 0 and self.tags[self.relative] != REL and not finite:
-            self.relative = self.subject = NONE
         nsubj = "nsubj:pass" if kind == PAST and not free else "nsubj"
         if self.relative >= 0:  # a man who rides; a horse that a man rides
             head, label = self.heads[self.relative], "acl:relcl"
@@ -891,8 +897,7 @@ class Grower:
         """While grazing; seems that it rains; ready to go; a man to watch."""
         noun, verb = self.noun, self.verb
         if self.tags[self.mark] == INF and self.subject < 0:
-            has = verb >= 0 and (self.words[verb] in HAVE or self.tags[verb] == BE)
-            if verb < 0 or noun > verb and has:
+            if verb < 0:
                 return noun, "acl"
             completes = verb > noun and COMPLETED.match(self.words[verb])
             return verb, "xcomp" if completes else "advcl"
@@ -948,8 +953,9 @@ class Grower:
 def tree(parsed):
     """The `Node`s of a `Parse`, one a token, in order; exactly one is the root. Linear."""
     words = [token.text.lower() for token in parsed.tokens]
-    tags = refine(words, [token.tag for token in parsed.tokens])
-    grower = Grower(words, tags)
+    given = [token.tag for token in parsed.tokens]
+    tags = refine(words, given)
+    grower = Grower(words, tags, noun_phrases(given))
     if words:
         grower.grow()
     upos = {tag: name for name, tags in UPOS.items() for tag in tags}
@@ -986,32 +992,6 @@ def show(parsed):
         lines.append(f"{i:>4} {node.text:<16} {node.tag:<6} {node.label:<11} <- {heads[node.head]}")
     lines += [f"  phrase     {p.text}  (subject: {p.subject})" for p in parsed.phrases]
     lines += [f"  composite  {compose(a, b)}" for a, b in composites(parsed.phrases)]
-    return "\n".join(lines) + "\n"
-
-
-def draw(parsed):
-    """The tree in text, a line a word: what stands before its head is drawn above it."""
-    nodes, lines = tree(parsed), [parsed.caption]
-    children = [[] for _ in nodes] + [[]]
-    for i, node in enumerate(nodes):
-        children[node.head].append(i)  # the root's head is -1, the last of these
-    # a word (NONE: only its line is left to write) and the branches above, at and below its line
-    stack = [(i, "", "", "") for i in children[-1]]
-    while stack:
-        i, above, line, below = stack.pop()
-        if i == NONE:
-            lines.append(line)
-            continue
-        left = [child for child in children[i] if child < i]
-        right = [child for child in children[i] if child > i]
-        rows = [(child, above + "│  ", above + "├─ ", above + "│  ") for child in left]
-        if left:
-            rows[0] = (left[0], above + "   ", above + "┌─ ", above + "│  ")
-        rows.append((NONE, "", f"{line + nodes[i].text:<34} {nodes[i].tag:<6}{nodes[i].label}", ""))
-        rows += [(child, below + "│  ", below + "├─ ", below + "│  ") for child in right]
-        if right:
-            rows[-1] = (right[-1], below + "│  ", below + "└─ ", below + "   ")
-        stack += reversed(rows)
     return "\n".join(lines) + "\n"
 
 
@@ -1143,7 +1123,6 @@ def command_line():
     add("captions", nargs="*", metavar="CAPTION", help="a caption to parse")
     add("--file", help="parse each line of FILE, COCO's .json or .jsonl records; -: standard input")
     add("--json", action="store_true", help="print one JSON object a caption instead of text")
-    add("--draw", action="store_true", help="draw the trees in text")
     add("--score", metavar="GOLD", help="rate the rules, or --parses, on gold captions")
     add("--parses", metavar="FILE", help="with --score: rate these parses (.jsonl)")
     return parser.parse_args()
@@ -1166,7 +1145,7 @@ def run(options):
         if options.json:
             print(json.dumps(to_json(parsed), ensure_ascii=False))
         else:
-            print(draw(parsed) if options.draw else show(parsed))
+            print(show(parsed))
 
 
 def main():
