@@ -147,8 +147,8 @@ WORDS = {
     then there together too twice uphill upright upstairs upwards yet""",
     NEARBY: "backward backwards forward nearby overhead underwater",
     DEGREE: "almost extra less more most no otherwise pretty quite so somewhat super very well",
-    BE: "am are aren't be been being is isn't was were",
-    AUX: "can't cannot could may might must should will would",
+    BE: "am are aren't be been being is isn't was wasn't were weren't",
+    AUX: "can't cannot could didn't doesn't don't may might must should will won't would",
     CONJ: "& / and and/or but nor or",
     SUB: "although as because if since though unless when where whether while whilst",
     HAS: "did do does had has have having",
@@ -458,6 +458,7 @@ RULES = (
     (PLURAL, START, NOUN + ADJ, OWNER, lambda at: at.word in ("kids", "boys", "girls", "ladies")),
     (RIDE, REL + PRON + AUX + INF, ANY, VERB),  # to *ride*
     (RIDE, JOINTS, ANY, VERB, lambda at: at.left2 == VERB),  # sit and *ride*
+    (RIDE, JOINTS, PRON + OPENERS, VERB),  # and *tilt* it
     (RIDE, PLURAL + BE, NEXT + FOLLOWS, VERB),  # people *ride* on
     (RIDE, NOUN, OPENERS + PRON, VERB, lambda at: is_person(at.before)),  # a man *beat* it
     (RIDE, NOUN, FOLLOWS, VERB, lambda at: at.before in ("family", "team", "crowd", "couple")),
@@ -501,6 +502,7 @@ RULES = (
     (THAT, ANY, THINGS + ADJ, DET),  # *that* dog
     (CAN, NOUNS + PRON, VERB + RIDE + BE + ADV, AUX),  # a dog *can* swim
     (QUOTE, PLURAL, NOUNISH, GENITIVE),  # two dogs *'* heads
+    (GENITIVE_S, NOUNS, PREPS + JOINTS + MARK + THAT, PLURAL),  # two ski *'s* on
     (GENITIVE_S, NOUNS + PRON, RIDING, BE, lambda at: at.right2 not in THINGS),  # he *'s* running
     (GENITIVE_S, NOUNS + PRON, NOUNISH, GENITIVE),  # a dog *'s* head
 )

@@ -186,6 +186,37 @@ After [the |rain] [|puddles] cover [the |street].
 [|People] wait by [a |drinking fountain].
 [A |coach] near [the |bowling alley]
 [A |boat] by [a |fishing net]
+[A |runner] catches her breath on [a |track].
+[The |crates] on [the |dock] are ready for shipment.
+[|Friends] meet during a vigil, a hearing and a shooting.
+[A |cake] in the shape of [a |train]
+[A |boy] does a cartwheel on [a |lawn].
+[Two |couples] walk hand in hand.
+[A gaggle of |geese] in [a |pond]
+[A handful of |grapes] and [a gathering of |people]
+[A |man] in [a red |coat] waves to [a |crowd].
+[Two |people] in [a yellow |canoe] paddle down [a |stream].
+[A |boy] sits while another laughs.
+[His |sister] swings from [a |rope].
+[A cheerful |couple] wait in [a |lobby].
+[Two |men] ride on [their |bikes] and tilt them.
+[Rows of |lights] line [the |street].
+[|Candles] light [a |room].
+[A |medic] checks [the |pulse] of [a |driver].
+[A |woman] tries to don [a |hat].
+[A |nurse] opens [|doors] at night.
+[|People] don't sit on [the |bench].
+[a winding |path] up [a |hill]
+[a still |lake] and [an upright |piano]
+[an orange no |parking sign]
+[a |sign] that says no parking
+[a small |ham and egg pie] on [a |plate]
+[Pack of 12 |LED Bulbs], Dishwasher Safe
+[Kids |Rain Boots]
+[A |Cotton Sheet Set], Grey
+[Two |ski's] on [a |rack]
+[A |guppy] in [a |tank]
+[|Etching] of [a |mill]
 """
 
 
