@@ -103,9 +103,9 @@ WORDS = {
     solemn solid somber sore southeastern spare sparse spicy squat stale stark steep sterling stiff
     straight strange stray striped strong subtle suburban such sudden superb sure sweet swift swiss
     swollen syrian tall tan teal teenage tender thick thin third tibetan tight top trim triple true
-    turquoise twin ugly uneven unfinished unique unknown unmade unripe upper upscale upside urban
-    vast victorian vintage vivid warm weak weird western wet white whole wicker wide wild wooden
-    woolen wrong yellow young""",
+    turquoise twin ugly uneven unfinished unique unisex unknown unmade unripe upper upscale upside
+    urban vast victorian vintage vivid warm weak weird western wet white whole wicker wide wild
+    wooden woolen wrong yellow young""",
     NOUN: """academy animal army assembly baby balcony belly biopsy body boundary buddy buggy bunny
     butterfly canal candy canopy canvas cathedral cereal ceremony charcoal cherry christmas cleaner
     colony comedy comic company cooler coral corral county crystal curry daddy dairy daisy deputy
@@ -161,7 +161,7 @@ LEXICON |= {"'s": GENITIVE_S, "'": QUOTE, ",": COMMA}
 
 def in_s(word):
     """Its form in -s: dogs, watches, carries."""
-    return re.sub("(s|x|z|o|[sc]h)$", r"\1e", re.sub("(?<![aeou])y$", "ie", word)) + "s"
+    return re.sub("(s|x|z|^go|^do|[sc]h)$", r"\1e", re.sub("(?<![aeou])y$", "ie", word)) + "s"
 
 
 def with_plurals(words):
@@ -184,7 +184,7 @@ ENDINGS = (
     (r".+ify$", VERB),
     (r".{2,}ed$", PARKED),
     (r".{2,}ly$", DEGREE),
-    (r".*(?:[aeou]y|[ei]ty|[eou]ry|[snlue]try|lry|ndry|phy|[lor]gy|cy|berry)$", NOUN),
+    (r".*(?:[aeou]y|[ei]ty|[eou]ry|[snlue]try|lry|ndry|[cn]opy|rapy|phy|[lor]gy|cy|berry)$", NOUN),
     (r".{2,}(?:y|iest|ous|less|ful|[aeiou]ble|[wh]ern|(?<!e)ese|esque|proof|like|some)$", ADJ),
     (r".{3,}(?:al|ic|ive|[^m]ent|ant|[ou]lar|lear|near|ish|[^r]ian|id|ior|[st]ile|ary)$", ORANGE),
     (r".+(?:(?<!s|u|i)s|(?<![iou])men)$", PLURAL),
@@ -214,12 +214,13 @@ DISHES = with_plurals("casserole curry dish omelet pie pizza salad sandwich soup
 ACTIVITIES = """biking boarding climbing diving fishing sailing shopping skating skiing surfing
     """.split()
 # Words that belong to the noun after them: "hot dog" is a subject.
-FIXED = with_plurals("""big-ben big-rig boarding-pass brief-case chess-set close-up dinner-set
-    double-decker drum-set flat-screen french-fries german-shepherd golden-gate golden-retriever
-    half-pipe high-chair high-rise hot-dog light-bulb light-fixture light-house light-pole
-    light-post light-switch new-york orange-juice orange-peel orange-slice polar-bear rear-view
-    running-shoe smart-phone stainless-steel swim-trunk swing-set tea-set television-set third-base
-    throw-blanket throw-pillow top-hat train-set wet-suit wild-flower""")
+FIXED = with_plurals("""bedroom-set big-ben big-rig boarding-pass brief-case chess-set close-up
+    cookware-set dinner-set double-decker drum-set flat-screen french-fries german-shepherd gift-set
+    golden-gate golden-retriever half-pipe high-chair high-rise hot-dog knife-set light-bulb
+    light-fixture light-house light-pole light-post light-switch mountain-pass new-york orange-juice
+    orange-peel orange-slice polar-bear rear-view running-shoe sheet-set smart-phone stainless-steel
+    swim-trunk swing-set tea-set television-set third-base throw-blanket throw-pillow tool-set
+    top-hat towel-set train-set wet-suit wild-flower""")
 # "a group of people" is one phrase, and people is its subject.
 QUANTITY = with_plurals("""abundance amount array assortment batch bit bite brood bunch bundle chunk
     cluster clutch collection colony convoy couple crowd dash dollop dozen drove expanse fleet flock
@@ -250,17 +251,18 @@ NOT_THINGS = with_plurals("""access accident adventure advice afternoon ages agr
     mode moment month mood morning move movement mph music nap nature need news noise noon notice
     november occasion october ollie opinion order origin outbreak outskirts oz pace pain pandemic
     panic parade party passion past pcs peace penalty percent picnic play pleasure pm politics
-    possession poverty practice praise premiere pressure pride problem process progress promise
-    proof protest purpose quarantine race rally rate reason recovery rehearsal research rest result
-    retirement rhythm ride role rule safety schedule search season sense september serve session
-    shipment shock show size skill sleep smell solitude somersault sort speech speed spirit strength
-    stress strike struggle stunt style success summer surgery surprise surroundings talk tantrum
-    task taste temperature tennis tension theme thought threat thrill time topic touch touchdown
-    tour tournament transit transport treatment trial trick trip trouble turn twilight type unison
-    use variety victory vigil vision visit volley vote wait wake war wealth weather wedding week
-    weekend wheelie will wind winter wish wonder work x year""")
+    possession poverty practice praise prayer premiere pressure pride problem process progress
+    promise proof protest purpose quarantine race rally rate reason recovery rehearsal research rest
+    result retirement rhythm ride role rule safety schedule search season sense september serve
+    session shipment shock show size skill sleep smell solitude somersault sort speech speed spirit
+    strength stress strike struggle stunt style success summer surgery surprise surroundings talk
+    tantrum task taste temperature tennis tension theme thought threat thrill time topic touch
+    touchdown tour tournament transit transport treatment trial trick trip trouble turn twilight
+    type unison use variety victory vigil vision visit volley vote wait wake war wealth weather
+    wedding week weekend wheelie will wind winter wish wonder work x year""")
 ABSTRACT = re.compile(
-    r".*(?:ness|ism|[ae]nc(?:e|y|ie)|it(?:y|ie)|(?<!ic)ation|[^a]tion|(?:er|nd|on)ship|day|time|(?<!k)night)s?$"
+    r".*(?:ness|ism|[ae]nc(?:e|y|ie)|it(?:y|ie)|(?<!ic)ation|[^a]tion|(?:er|nd|on)ship|day|time"
+    r"|(?<!k)night)s?$"
 )
 CONCRETE = with_plurals("""ambulance amenity appliance audience city collection community
     construction contraption creation decoration entrance facility fence formation foundation
@@ -277,21 +279,23 @@ ARRAYS = with_plurals("row line circle group pile")
 ACTS = with_plurals("""bath bite bow catch cut drink flip guard hit hug kiss leap look place pose
     shot sip spill spin step swing thumb walk way""")
 TAKING = re.compile(
-    "(?:attempt|do|gett?|giv|hav|mak|perform|play|stand|strik|tak)(?:e?s|e|ing)?$|did|gave|got|has|took"
+    "(?:attempt|do|gett?|giv|ha|hav|mak|perform|play|stand|strik|tak)(?:e?s|e|ing)?$"
+    "|did|gave|got|took"
 )
 # What most often does what a verb says: in "a man in a hat riding a horse" the man rides. After
 # "the", the first alone; after "a", any noun, but for words of MANY ("a few street signs").
-PEOPLE = """actor artist athlete barber bartender batter bear bicyclist biker boy bride brother bull
-    cat catcher chef child clown coach conductor cop couple cow cowboy crew crowd customer cyclist
-    dad dancer daughter doctor dog driver duck elephant family fan farmer father firefighter
-    fisherman friend giraffe girl goat grandfather grandmother groom guy hiker horse hound husband
-    king kitten lady lifeguard lion man mayor mechanic mom monk monkey mother musician nurse officer
-    owner passenger person photographer pilot pitcher player policeman president prince princess
-    puppy queen referee rider sailor senator sheep shopper singer sister skater skier soldier son
-    student surfer surgeon swimmer teacher team toddler tourist trainer umpire vendor waiter
-    waitress wife woman worker zebra""".split()
-MOVERS = with_plurals(" ".join(PEOPLE)) | with_plurals("""airplane bird boat bus children couple cow
-    elephant horse men people plane team train truck women""")
+PEOPLE = """activist actor artist athlete barber bartender batter bear bicyclist biker bishop boy
+    bride brother bull candidate cat catcher champion chef child clown coach conductor cook cop
+    couple cow cowboy crew crowd customer cyclist dad dancer daughter doctor dog driver duck
+    elephant engineer family fan farmer father firefighter fisherman friend giraffe girl goalkeeper
+    goat grandfather grandmother groom guy hiker horse hound husband king kitten lady leader
+    lifeguard lion man mayor mechanic minister model mom monk monkey mother musician nurse officer
+    owner passenger patient person photographer pilot pitcher player policeman pope president prince
+    princess protester puppy queen referee reporter rider sailor senator sheep shopper singer sister
+    skater skier soldier son student surfer surgeon swimmer teacher team technician tenant toddler
+    tourist trainer umpire vendor waiter waitress wife woman worker zebra""".split()
+MOVERS = "airplane bird boat bus children men people plane train truck women "
+MOVERS = with_plurals(MOVERS + " ".join(PEOPLE))
 SINGULAR = ("a", "an", "one", "another", "each", "every", "this")
 MANY = QUANTITY | {"few", "several", "many"}
 
@@ -389,6 +393,12 @@ def after_one(at):
     return before[0] in SINGULAR and at.word[-1] == "s" and not MANY.intersection(before)
 
 
+def acts(at):
+    """Some who act as one, or one with a word that is mostly a verb: see a child *stand* on it."""
+    verb = LEXICON.get(at.word + "s") == RIDES and at.tags[at.index + 1] in PLACES
+    return at.before in ("family", "team", "crowd", "couple") or verb and at.before in PEOPLE
+
+
 def after_two(at):
     """Two things or more came before, and no verb: a man and a woman *ride* on."""
     some = "".join(at.tags[max(2, at.index - 6) : at.index])
@@ -461,7 +471,7 @@ RULES = (
     (RIDE, JOINTS, PRON + OPENERS, VERB),  # and *tilt* it
     (RIDE, PLURAL + BE, NEXT + FOLLOWS, VERB),  # people *ride* on
     (RIDE, NOUN, OPENERS + PRON, VERB, lambda at: is_person(at.before)),  # a man *beat* it
-    (RIDE, NOUN, FOLLOWS, VERB, lambda at: at.before in ("family", "team", "crowd", "couple")),
+    (RIDE, NOUN, FOLLOWS, VERB, acts),  # the family *wave* from
     (RIDE, NOUN + COMMA, OPENERS + PLACES, VERB, after_two),  # a man and a woman *ride* on
     (RIDE + LIGHTS + PLURAL, NOUN, PLACES + OPENERS + NOUN, VERB, in_clothes),
     (PAINTING, PLURAL + BE + PRON + VERB, ANY, ING),  # people *painting*

@@ -205,6 +205,9 @@ After [the |rain] [|puddles] cover [the |street].
 [A |medic] checks [the |pulse] of [a |driver].
 [A |woman] tries to don [a |hat].
 [A |nurse] opens [|doors] at night.
+[The |family] wave from [a |balcony].
+[A |man] watches [a |child] stand on [a |stool].
+[A |medic] takes photos.
 [|People] don't sit on [the |bench].
 [a winding |path] up [a |hill]
 [a still |lake] and [an upright |piano]
