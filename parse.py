@@ -45,8 +45,8 @@ UP, NEARBY, BACK, RIGHT, HAS, CAN, ALL, ONE, THAT, HER, TO, GENITIVE_S, QUOTE = 
 # where ENDINGS err and it matters. Of verbs: the class of the word and of its form in -s.
 VERBS = {
     (VERB, VERB): """accept add adjust admire allow announce appear applaud apply approach arrange
-    arrive assemble assist attempt attend avoid bake bathe become beg believe blame bounce bring
-    build buy carry carve celebrate chat chew choose chop clash collapse collect come compare
+    arrive assemble assist attempt attend avoid bake bathe become beg believe billow blame bounce
+    bring build buy carry carve celebrate chat chew choose chop clash collapse collect come compare
     compete confirm connect consist contain continue crawl create crouch decorate deliver
     demonstrate depict describe destroy dig dine discuss dodge dominate don doze drape dribble drift
     eat embrace engage engulf enjoy ensure enter entertain evacuate examine expect explain explore
@@ -214,13 +214,14 @@ DISHES = with_plurals("casserole curry dish omelet pie pizza salad sandwich soup
 ACTIVITIES = """biking boarding climbing diving fishing sailing shopping skating skiing surfing
     """.split()
 # Words that belong to the noun after them: "hot dog" is a subject.
-FIXED = with_plurals("""bedroom-set big-ben big-rig boarding-pass brief-case chess-set close-up
-    cookware-set dinner-set double-decker drum-set flat-screen french-fries german-shepherd gift-set
-    golden-gate golden-retriever half-pipe high-chair high-rise hot-dog knife-set light-bulb
-    light-fixture light-house light-pole light-post light-switch mountain-pass new-york orange-juice
-    orange-peel orange-slice polar-bear rear-view running-shoe sheet-set smart-phone stainless-steel
-    swim-trunk swing-set tea-set television-set third-base throw-blanket throw-pillow tool-set
-    top-hat towel-set train-set wet-suit wild-flower""")
+FIXED = with_plurals("""bedroom-set big-ben big-rig boarding-pass brief-case brush-set chess-set
+    close-up cookware-set dinner-set double-decker drum-set flat-screen french-fries german-shepherd
+    gift-set golden-gate golden-retriever half-pipe high-chair high-rise hot-dog knife-set
+    light-bulb light-fixture light-house light-pole light-post light-switch measuring-cup
+    mixing-bowl mountain-pass new-york orange-juice orange-peel orange-slice polar-bear rear-view
+    running-shoe sheet-set smart-phone stainless-steel swim-trunk swing-set tea-set television-set
+    third-base throw-blanket throw-pillow tool-set top-hat towel-set train-set wet-suit wild-flower
+    """)
 # "a group of people" is one phrase, and people is its subject.
 QUANTITY = with_plurals("""abundance amount array assortment batch bit bite brood bunch bundle chunk
     cluster clutch collection colony convoy couple crowd dash dollop dozen drove expanse fleet flock
@@ -234,32 +235,33 @@ PICTURES = with_plurals("""close close-up closeup footage image photo photograph
     screenshot selfie shot snapshot up view""")
 # Times, events, manners, sports, abstractions: one cannot point at them. Nor at what ends as they
 # do, but for CONCRETE.
-NOT_THINGS = with_plurals("""access accident adventure advice afternoon ages agreement aim air am
-    amazement anger anniversary appetite approach april arrival attack attempt august backhand
-    badminton battle behavior benefit birth break breath budget bunt call campaign career carnival
-    cartwheel cause century ceremony chase choice christmas cm color comment concept concern concert
-    confusion contact contest contrast cost crash crime danger dawn death debate december decision
-    decrease defeat delay delight demand departure desire development disaster discussion dozen dunk
-    dusk earthquake easter effect effort employment entertainment era escape evening event example
-    excitement explosion expression extension fashion fear february feel festival fight flight focus
-    forehand freedom ft fun funeral future gallon game gb golf grace grip growth guilt haircut
-    halloween handstand harm health height help history hockey homework hope hour humor hunger
-    hurricane hurry idea illusion impact inch incident increase interest interview invasion issue
-    january job joke journey joy july jump june justice kg kind kiss knowledge l labor lack language
-    laugh laughter launch lbs leisure length lesson level life liter look luck m magic maneuver
-    marathon marriage match matches matter memory midair midday midst mind mission mistake ml mm
-    mode moment month mood morning move movement mph music nap nature need news noise noon notice
-    november occasion october ollie opinion order origin outbreak outskirts oz pace pain pandemic
-    panic parade party passion past pcs peace penalty percent picnic play pleasure pm politics
-    possession poverty practice praise prayer premiere pressure pride problem process progress
-    promise proof protest purpose quarantine race rally rate reason recovery rehearsal research rest
-    result retirement rhythm ride role rule safety schedule search season sense september serve
-    session shipment shock show size skill sleep smell solitude somersault sort speech speed spirit
-    strength stress strike struggle stunt style success summer surgery surprise surroundings talk
-    tantrum task taste temperature tennis tension theme thought threat thrill time topic touch
-    touchdown tour tournament transit transport treatment trial trick trip trouble turn twilight
-    type unison use variety victory vigil vision visit volley vote wait wake war wealth weather
-    wedding week weekend wheelie will wind winter wish wonder work x year""")
+NOT_THINGS = with_plurals("""access accident adventure advice afternoon ages agreement aim air
+    airstrike am amazement anger anniversary appetite approach april arrival attack attempt august
+    backhand badminton battle behavior benefit birth break breath budget bunt call campaign career
+    carnival cartwheel cause century ceremony chase choice christmas cm color comment concept
+    concern concert confusion contact contest contrast cost crash crime danger dawn death debate
+    december decision decrease defeat delay delight demand departure desire development disaster
+    discussion dozen dunk dusk earthquake easter effect effort employment entertainment era escape
+    evening event example excitement explosion expression extension fashion fear february feel
+    festival fight flight focus forehand freedom ft fun funeral future gallon game gb golf grace
+    grip growth guilt haircut halloween handstand harm health height help history hockey homework
+    hope hour humor hunger hurricane hurry idea illusion impact inch incident increase interest
+    interview invasion issue january job joke journey joy july jump june justice kg kind kiss
+    knowledge l labor lack language laugh laughter launch lbs leisure length lesson level life liter
+    look luck m magic maneuver marathon marriage match matches matter memory midair midday midst
+    mind mission mistake ml mm mode moment month mood morning move movement mph music nap nature
+    need news noise noon notice november occasion october ollie opinion order origin outbreak
+    outskirts oz pace pain pandemic panic parade party passion past pcs peace penalty percent picnic
+    play pleasure pm politics possession poverty practice praise prayer premiere pressure pride
+    problem process progress promise proof protest purpose quarantine race rally rate reason
+    recovery rehearsal research rest result retirement rhythm ride role rule safety schedule search
+    season sense september serve session shipment shock show size skill sleep smell solitude
+    somersault sort speech speed spirit strength stress strike struggle stunt style success summer
+    surgery surprise surroundings takeoff talk tantrum task taste temperature tennis tension theme
+    thought threat thrill time topic touch touchdown tour tournament transit transport treatment
+    trial trick trip trouble turn twilight type unison use variety victory vigil vision visit volley
+    vote wait wake war wealth weather wedding week weekend wheelie will wind winter wish wonder work
+    x year""")
 ABSTRACT = re.compile(
     r".*(?:ness|ism|[ae]nc(?:e|y|ie)|it(?:y|ie)|(?<!ic)ation|[^a]tion|(?:er|nd|on)ship|day|time"
     r"|(?<!k)night)s?$"
@@ -393,6 +395,13 @@ def after_one(at):
     return before[0] in SINGULAR and at.word[-1] == "s" and not MANY.intersection(before)
 
 
+def feeds(at):
+    """A person, and what is no person: a keeper *feeds* giraffes, but a tennis player's hat."""
+    if at.tags[at.index + 1] != PLURAL:
+        return at.before in PEOPLE and after_one(at)
+    return is_person(at.before) and not is_person(at.word[:-1])
+
+
 def acts(at):
     """Some who act as one, or one with a word that is mostly a verb: see a child *stand* on it."""
     verb = LEXICON.get(at.word + "s") == RIDES and at.tags[at.index + 1] in PLACES
@@ -417,6 +426,8 @@ def in_clothes(at):
 
 def compounds(at):
     """A *cutting* board, but a *riding* man; between phrases only ING_ALWAYS: *parking* lots."""
+    if at.left == NOUN and at.after[-1:] == "s" and at.word != "parking":
+        return False  # a man in a kitchen cutting vegetables
     if at.word in ING_ALWAYS:
         return at.left not in JOINTS + START + NOUN or at.before not in MOVERS
     placed = at.left in INSIDE + COMPOUND or at.before in PLACING
@@ -461,7 +472,7 @@ RULES = (
     (PLURAL + LIGHTS, NOUN + PLURAL + DEGREE, OPENERS, VERB),  # a boy *pedals* his bike
     (PLURAL, CONJ, OPENERS, VERB, lambda at: VERB in at.tags[: at.index][-9:]),  # and *bends* his
     (PLURAL + LIGHTS, PRON, ANY, VERB),  # as she *bends*
-    (PLURAL, NOUN, NOUNS + ADJ, VERB, lambda at: at.before in PEOPLE and after_one(at)),
+    (PLURAL + LIGHTS, NOUN, NOUNS + ADJ, VERB, feeds),  # the keeper *feeds* giraffes
     (LIGHTS, NOUN, NOUNS + ADJ, VERB, after_one),  # a chef *slices* onions
     (PLURAL + LIGHTS, NOUN, FOLLOWS + RIDING, VERB, after_one),  # a bird *perches* on
     (PLURAL, ANY, THINGS + ADJ + BACK, OWNER, owns),  # a *mans* hat
@@ -535,7 +546,7 @@ def decide(words, classes):
         if after in ("next", "close") and words[i + 2] == "to":
             tags[i + 1] = ADV
         if f"{word}-{after}" in FIXED:
-            tags[i : i + 2] = NOUN, PLURAL if after[-1] == "s" else NOUN
+            tags[i : i + 2] = NOUN, PLURAL if after[-1] == "s" != after[-2] else NOUN
         for left, right, tag, test in RULES_OF.get(tags[i], ()):
             if tags[i - 1] in left and tags[i + 1] in right:
                 around = (*words[i - 2 : i + 3], tags[i - 2], tags[i - 1], tags[i + 2])

@@ -204,6 +204,8 @@ After [the |rain] [|puddles] cover [the |street].
 [|Candles] light [a |room].
 [A |medic] checks [the |pulse] of [a |driver].
 [A |woman] tries to don [a |hat].
+[The |keeper] feeds [|giraffes].
+[A |cook] in [a |kitchen] cutting [|leeks]
 [A |nurse] opens [|doors] at night.
 [The |family] wave from [a |balcony].
 [A |man] watches [a |child] stand on [a |stool].
