@@ -381,6 +381,10 @@ FOLLOWS = PLACES + TO + SUB + JOINTS + MARK + OPENERS + NEARBY + PRON + THAT  # 
 Near = namedtuple("Near", "words tags index before2 before word after after2 left2 left right2")
 
 
+def look(words, tags, i):
+    return Near(words, tags, i, *words[i - 2 : i + 3], tags[i - 2], tags[i - 1], tags[i + 2])
+
+
 def is_person(word):
     return word in MOVERS or re.match(".{2,}(?:[eo]r|man|ist|ward)$", word)
 
@@ -434,12 +438,6 @@ def compounds(at):
     return placed and at.word not in ING_STATE and at.after not in MOVERS
 
 
-def hand_in_hand(at):
-    """Walk *hand* in *hand*."""
-    first = at.word == at.after2 and at.after in ("in", "to", "by")
-    return first or at.word == at.before2 and at.before in ("in", "to", "by")
-
-
 def owns(at):
     """A person, and the apostrophe is missing: a *persons* back."""
     return at.word == "mans" or at.before in ("a", "an") and is_person(at.word[:-1])
@@ -466,7 +464,6 @@ RULES = (
     (NOUN, ADJ, THINGS, ADJ, lambda at: at.word in FORMS),  # a long *sleeve* shirt
     (NOUN + ORANGE + RIDE, NOUNS + BE + VERB, RIDING, ADV, lambda at: at.after in ACTIVITIES),
     (NOUN, COMMA + MARK, ADJ, ADJ, lambda at: not at.after2),  # a bowl, *dishwasher* safe
-    (NOUN, ANY, ANY, ADV, hand_in_hand),
     (NOUN, PLURAL + INF, OPENERS, VERB),  # to *pedal* a bike
     (NOUN, PLURAL, PLACES + TO + SUB, VERB, lambda at: at.left2 in START + NUM),  # men *nap* on
     (PLURAL + LIGHTS, NOUN + PLURAL + DEGREE, OPENERS, VERB),  # a boy *pedals* his bike
@@ -542,15 +539,16 @@ def decide(words, classes):
     words = ["", "", *words, "", ""]
     tags = [START, START, *classes, MARK, MARK]
     for i in range(2, len(words) - 2):
-        before, word, after = words[i - 1 : i + 2]
+        word, after = words[i], words[i + 1]
         if after in ("next", "close") and words[i + 2] == "to":
             tags[i + 1] = ADV
+        if word == words[i + 2] and after in ("by", "in", "to"):
+            tags[i] = tags[i + 2] = ADV  # hand in hand
         if f"{word}-{after}" in FIXED:
             tags[i : i + 2] = NOUN, PLURAL if after[-1] == "s" != after[-2] else NOUN
         for left, right, tag, test in RULES_OF.get(tags[i], ()):
             if tags[i - 1] in left and tags[i + 1] in right:
-                around = (*words[i - 2 : i + 3], tags[i - 2], tags[i - 1], tags[i + 2])
-                if test is None or test(Near(words, tags, i, *around)):
+                if test is None or test(look(words, tags, i)):
                     tags[i] = tag
                     break
         else:
@@ -579,26 +577,27 @@ def noun_phrases(tags):
     return [(match.start(), match.end() - 1) for match in NOUN_PHRASE.finditer(code)]
 
 
+@lru_cache(maxsize=1 << 16)
+def is_abstract(word):
+    """A day, a party, happiness."""
+    return word in NOT_THINGS or bool(ABSTRACT.match(word)) and word not in CONCRETE
+
+
 def is_thing(words, tags, first, last, subject):
     """Whether one can point at what the noun phrase words[first : last + 1] names."""
     word, before, after = words[last], words[first - 1], words[last + 1]
-    taken = TAKING.match(before)
     shown = after in ("on", "hanging", "hung", "above") and before != "for"
     if word in PICTURES and not shown:
         return word == "view" and subject < last and after != "of"  # a lake view
-    abstract = word in NOT_THINGS or ABSTRACT.match(word) and word not in CONCRETE
-    if tags[last] == PRON or abstract or taken and (word in ACTS or word in PICTURES):
+    if tags[last] == PRON or is_abstract(word):
+        return False
+    if (word in ACTS or word in PICTURES) and TAKING.match(before):
         return False
     if before in ("says", "saying") and tags[first] != DET:
         return False  # a sign saying stop
-    if (
-        word in ("corner", "form", "shape")
-        and after == "of"
-        or word in ARRAYS
-        and before == "in"
-        and tags[first] != NUM
-    ):
-        return False  # at the corner of, in a row
+    row = word in ARRAYS and before == "in" and tags[first] != NUM
+    if row or after == "of" and word in ("corner", "form", "shape"):
+        return False  # in a row, at the corner of
     if word in LOCATIONS and subject == last:
         return not {POSS, GENITIVE, OWNER}.isdisjoint(tags[first:last])
     bare = word in BARE and LEXICON.get(before) in (PREP, LINK)
