@@ -116,7 +116,8 @@ WORDS = {
     piggy plastic plenty pony poppy president priest primer property puppy quarry rally restaurant
     ruby shed shelving sibling sky sled spring spy stable student study supply tabby teddy teenager
     terminal thing topper traffic trolly vegetable viking warmer whisky""",
-    PLURAL: "buffalo cattle children deer feet geese men mice people police sheep teeth women",
+    PLURAL: """bison buffalo cattle children deer feet geese men mice people personnel police sheep
+    teeth women""",
     VERB: """ate became began blew broke came chose drank drove fell felt flew gave got grew laid
     meant met ran rang rode said sang sank sat saw shook slept slid spent spoke stole stood struck
     stuck swam swore threw took tore went withdrew woke won wore wrote""",
@@ -227,41 +228,41 @@ QUANTITY = with_plurals("""abundance amount array assortment batch bit bite broo
     cluster clutch collection colony convoy couple crowd dash dollop dozen drove expanse fleet flock
     fragment gaggle gang gathering group grouping half handful heap herd host hundred kind line
     litter load lot million mob mound multitude number pack pair parade part patch piece pile pinch
-    plenty pod portion pride procession rest row sampling scattering school scrap section selection
-    series serving set shower slice sort splash sprig squad stack strand stretch string strip swarm
-    swirl tangle team thousand ton trio troop type variety wealth wedge""")
+    plenty pod portion pride procession rest row sampling scattering school scoop scrap section
+    selection series serving set shower slice sort splash sprig squad stack strand stretch string
+    strip swarm swirl tangle team thousand ton trio troop type variety wealth wedge""")
 # A picture of a dog shows a dog: the dog is a phrase, the picture is none.
 PICTURES = with_plurals("""close close-up closeup footage image photo photograph picture portrait
     screenshot selfie shot snapshot up view""")
 # Times, events, manners, sports, abstractions: one cannot point at them. Nor at what ends as they
 # do, but for CONCRETE.
 NOT_THINGS = with_plurals("""access accident adventure advice afternoon ages agreement aim air
-    airstrike am amazement anger anniversary appetite approach april arrival attack attempt august
-    backhand badminton battle behavior benefit birth break breath budget bunt call campaign career
-    carnival cartwheel cause century ceremony chase choice christmas cm color comment concept
-    concern concert confusion contact contest contrast cost crash crime danger dawn death debate
-    december decision decrease defeat delay delight demand departure desire development disaster
-    discussion dozen dunk dusk earthquake easter effect effort employment entertainment era escape
-    evening event example excitement explosion expression extension fashion fear february feel
-    festival fight flight focus forehand freedom ft fun funeral future gallon game gb golf grace
-    grip growth guilt haircut halloween handstand harm health height help history hockey homework
-    hope hour humor hunger hurricane hurry idea illusion impact inch incident increase interest
-    interview invasion issue january job joke journey joy july jump june justice kg kind kiss
-    knowledge l labor lack language laugh laughter launch lbs leisure length lesson level life liter
-    look luck m magic maneuver marathon marriage match matches matter memory midair midday midst
-    mind mission mistake ml mm mode moment month mood morning move movement mph music nap nature
-    need news noise noon notice november occasion october ollie opinion order origin outbreak
-    outskirts oz pace pain pandemic panic parade party passion past pcs peace penalty percent picnic
-    play pleasure pm politics possession poverty practice praise prayer premiere pressure pride
-    problem process progress promise proof protest purpose quarantine race rally rate reason
-    recovery rehearsal research rest result retirement rhythm ride role rule safety schedule search
-    season sense september serve session shipment shock show size skill sleep smell solitude
-    somersault sort speech speed spirit strength stress strike struggle stunt style success summer
-    surgery surprise surroundings takeoff talk tantrum task taste temperature tennis tension theme
-    thought threat thrill time topic touch touchdown tour tournament transit transport treatment
-    trial trick trip trouble turn twilight type unison use variety victory vigil vision visit volley
-    vote wait wake war wealth weather wedding week weekend wheelie will wind winter wish wonder work
-    x year""")
+    airstrike altitude am amazement anger anniversary appetite approach april arrival attack attempt
+    august backhand badminton battle behavior benefit birth break breath budget bunt call campaign
+    career carnival cartwheel cause century ceremony chase choice christmas cm color comment concept
+    concern concert confinement confusion contact contest contrast cost crash crime danger dawn
+    death debate december decision decrease defeat delay delight demand departure desire development
+    disaster discussion disrepair dozen dunk dusk earthquake easter effect effort employment
+    entertainment era escape evening event example excitement exercise explosion expression
+    extension fashion fear february feel festival fight flight focus forehand freedom ft fun funeral
+    future gallon game gb golf grace grip growth guilt haircut halloween handstand harm health
+    height help heritage history hockey homework hope hour humor hunger hurricane hurry idea
+    illusion impact inch incident increase interest interview invasion issue january job joke
+    journey joy july jump june justice kg kind kiss knowledge l labor lack language laugh laughter
+    launch lbs leisure length lesson level life liter look loss luck m magic maneuver marathon
+    marriage match matches matter memory midair midday midst mind mission mistake ml mm mode moment
+    month mood morning move movement mph music nap nature need news noise noon notice november
+    occasion october ollie opinion order origin outbreak outskirts oz pace pain pandemic panic
+    parade party passion past pcs peace penalty percent picnic play pleasure pm politics possession
+    poverty practice praise prayer premiere pressure pride problem proceedings process progress
+    promise proof protest prowess purpose quarantine race rally rate reason recovery rehearsal
+    research rest result retirement rhythm ride role rule safety schedule search season sense
+    september serve session shipment shock show size skill sleep smell solitude somersault sort
+    speech speed spirit strength stress strike struggle stunt style success summer surgery surprise
+    surroundings takeoff talk tantrum task taste temperature tennis tension theme thought threat
+    thrill time topic touch touchdown tour tournament transit transport treatment trial trick trip
+    trouble turn twilight type unison use variety victory vigil vision visit volley vote wait wake
+    war wealth weather wedding week weekend wheelie will wind winter wish wonder work x year""")
 ABSTRACT = re.compile(
     r".*(?:ness|ism|[ae]nc(?:e|y|ie)|it(?:y|ie)|(?<!ic)ation|[^a]tion|(?:er|nd|on)ship|day|time"
     r"|(?<!k)night)s?$"
@@ -507,7 +508,7 @@ RULES = (
     (RIDES, INSIDE + PREPS + START + COMPOUND, ANY, PLURAL),  # two *rides*
     (TO, ANY, VERB + BE, INF),  # *to* eat
     (TO, ANY, RIDE, INF, lambda at: at.before != "next"),  # *to* ride
-    (TO, ANY, NOUN, INF, lambda at: at.right2 in OPENERS and at.before != "next"),  # *to* don a
+    (TO, ANY, NOUN, INF, lambda at: at.right2 in OPENERS + ADJ and at.before != "next"),
     (TO, ANY, PARKED, INF, lambda at: at.after in ("cut", "put", "set", "shut")),
     (BACK, ARTICLES + ADJ + GENITIVE + OWNER + PREPS + START, ANY, NOUN),  # the *back* of
     (NEARBY, ARTICLES + ADJ, ANY, ADJ),  # a *nearby* house
