@@ -128,8 +128,8 @@ WORDS = {
     stuck sunk swept taken taught thrown told torn won worn woven written""",
     PAINTING: """awning bedding building carving ceiling clothing covering crossing drawing dressing
     dwelling earring etching filling flooring frosting icing landing lettering lighting lining
-    netting offering opening painting paneling plumbing pudding railing ring scaffolding seating
-    serving setting siding string stuffing topping wedding wing writing""",
+    netting opening painting paneling plumbing pudding railing ring scaffolding seating serving
+    setting siding string stuffing topping wedding wing writing""",
     ORANGE: "adult antique female giant half light male miniature orange oval plaid rear square",
     DET: "a an another any each either every neither some the these this those",
     POSS: "his its my our their whose your",
@@ -469,10 +469,10 @@ RULES = (
     (NOUN, PLURAL, PLACES + TO + SUB, VERB, lambda at: at.left2 in START + NUM),  # men *nap* on
     (PLURAL + LIGHTS, NOUN + PLURAL + DEGREE, OPENERS, VERB),  # a boy *pedals* his bike
     (PLURAL, CONJ, OPENERS, VERB, lambda at: VERB in at.tags[: at.index][-9:]),  # and *bends* his
-    (PLURAL + LIGHTS, PRON, ANY, VERB),  # as she *bends*
     (PLURAL + LIGHTS, NOUN, NOUNS + ADJ, VERB, feeds),  # the keeper *feeds* giraffes
     (LIGHTS, NOUN, NOUNS + ADJ, VERB, after_one),  # a chef *slices* onions
     (PLURAL + LIGHTS, NOUN, FOLLOWS + RIDING, VERB, after_one),  # a bird *perches* on
+    (PLURAL + LIGHTS, PRON, ANY, VERB),  # as she *bends*
     (PLURAL, ANY, THINGS + ADJ + BACK, OWNER, owns),  # a *mans* hat
     (PLURAL, START, NOUN + ADJ, OWNER, lambda at: at.word in ("kids", "boys", "girls", "ladies")),
     (RIDE, REL + PRON + AUX + INF, ANY, VERB),  # to *ride*
@@ -500,7 +500,6 @@ RULES = (
     (PARKED, ARTICLES, RIGHT, PARTICIPLE),  # a *broken* left wing
     (PARKED, ARTICLES, ANY, NOUN),  # a *set* of
     (PARKED, ADJ, VERB, NOUN),  # a small *dug* sits
-    (PARKED, NOUN, COMMA + MARK, NOUN, lambda at: at.word == "set"),  # a sheet *set*
     (PARKED, START, LINK, NOUN, lambda at: at.word in QUANTITY),  # *set* of
     (DET, ANY, VERB + RIDES, PRON, lambda at: at.word in SINGULAR and at.after[-1] == "s"),
     (VERB, INSIDE, ANY, NOUN),  # a *stare* at
