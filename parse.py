@@ -225,12 +225,12 @@ FIXED = with_plurals("""bedroom-set big-ben big-rig boarding-pass brief-case bru
     """)
 # "a group of people" is one phrase, and people is its subject.
 QUANTITY = with_plurals("""abundance amount array assortment batch bit bite brood bunch bundle chunk
-    cluster clutch collection colony convoy couple crowd dash dollop dozen drove expanse fleet flock
-    fragment gaggle gang gathering group grouping half handful heap herd host hundred kind line
-    litter load lot million mob mound multitude number pack pair parade part patch piece pile pinch
-    plenty pod portion pride procession rest row sampling scattering school scoop scrap section
-    selection series serving set shower slice sort splash sprig squad stack strand stretch string
-    strip swarm swirl tangle team thousand ton trio troop type variety wealth wedge""")
+    cluster clutch collection colony convoy couple crowd dash dollop dozen drove expanse fleet
+    flight flock fragment gaggle gang gathering group grouping half handful heap herd host hundred
+    kind line litter load lot million mob mound multitude number pack pair parade part patch piece
+    pile pinch plenty pod portion pride procession rest row sampling scattering school scoop scrap
+    section selection series serving set shower slice sort splash sprig squad stack strand stretch
+    string strip swarm swirl tangle team thousand ton trio troop type variety wealth wedge""")
 # A picture of a dog shows a dog: the dog is a phrase, the picture is none.
 PICTURES = with_plurals("""close close-up closeup footage image photo photograph picture portrait
     screenshot selfie shot snapshot up view""")
@@ -238,15 +238,15 @@ PICTURES = with_plurals("""close close-up closeup footage image photo photograph
 # do, but for CONCRETE.
 NOT_THINGS = with_plurals("""access accident adventure advice afternoon ages agreement aim air
     airstrike altitude am amazement anger anniversary appetite approach april arrival attack attempt
-    august backhand badminton battle behavior benefit birth break breath budget bunt call campaign
-    career carnival cartwheel cause century ceremony chase choice christmas cm color comment concept
-    concern concert confinement confusion contact contest contrast cost crash crime danger dawn
-    death debate december decision decrease defeat delay delight demand departure desire development
-    disaster discussion disrepair dozen dunk dusk earthquake easter effect effort employment
-    entertainment era escape evening event example excitement exercise explosion expression
-    extension fashion fear february feel festival fight flight focus forehand freedom ft fun funeral
-    future gallon game gb golf grace grip growth guilt haircut halloween handstand harm health
-    height help heritage history hockey homework hope hour humor hunger hurricane hurry idea
+    august backflip backhand badminton battle behavior benefit birth break breath budget bunt call
+    campaign career carnival cartwheel cause century ceremony chase choice christmas cm color
+    comment concept concern concert confinement confusion contact contest contrast cost crash crime
+    danger dawn death debate december decision decrease defeat delay delight demand departure desire
+    development disaster discussion disrepair dozen dunk dusk earthquake easter effect effort
+    employment entertainment era escape evening event example excitement exercise explosion
+    expression extension fashion fear february feel festival fight flight focus forehand freedom ft
+    fun funeral future gallon game gb golf grace grip growth guilt haircut halloween handstand harm
+    health height help heritage history hockey homework hope hour humor hunger hurricane hurry idea
     illusion impact inch incident increase interest interview invasion issue january job joke
     journey joy july jump june justice kg kind kiss knowledge l labor lack language laugh laughter
     launch lbs leisure length lesson level life liter look loss luck m magic maneuver marathon
