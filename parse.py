@@ -93,19 +93,19 @@ WORDS = {
     jumbo juvenile khaki korean large last late latin lavender lightweight little live lone long
     loose loud low lunar lush magenta main major makeshift manual maroon masculine mature medium
     mellow metropolitan mexican middle mild mini minor mixed mobile modern modest moist much multi
-    multiple muslim mute naked narrow nearest neat neon new newborn next nice northeastern
-    northwestern odd old only opaque open opposite optic oral ornate other outdoor outer overcast
-    overgrown overripe overweight own pakistani pale parallel pastel peculiar perfect petite pink
-    pinkish plain plush poor posh pristine private prominent proper proud public pure purple quaint
-    quick quiet rare raw real recent red retro rich ripe roman rotten rough round rundown sad safe
-    same secluded second separate several severe shallow sharp sheer shorn short sick silent silver
-    similar simple single sleek slender slick slight slim slow small smart smiley smooth soft solar
-    solemn solid somber sore southeastern spare sparse spicy squat stale stark steep sterling stiff
-    straight strange stray striped strong subtle suburban such sudden superb sure sweet swift swiss
-    swollen syrian tall tan teal teenage tender thick thin third tibetan tight top trim triple true
-    turquoise twin ugly uneven unfinished unique unisex unknown unmade unripe upper upscale upside
-    urban vast victorian vintage vivid warm weak weird western wet white whole wicker wide wild
-    wooden woolen wrong yellow young""",
+    multiple muslim mute naked narrow nearest neat neon new next nice northeastern northwestern odd
+    old only opaque open opposite optic oral ornate other outdoor outer overcast overgrown overripe
+    overweight own pakistani pale parallel pastel peculiar perfect petite pink pinkish plain plush
+    poor posh pristine private prominent proper proud public pure purple quaint quick quiet rare raw
+    real recent red retro rich ripe roman rotten rough round rundown sad safe same secluded second
+    separate several severe shallow sharp sheer shorn short sick silent silver similar simple single
+    sleek slender slick slight slim slow small smart smiley smooth soft solar solemn solid somber
+    sore southeastern spare sparse spicy squat stale stark steep sterling stiff straight strange
+    stray striped strong subtle suburban such sudden superb sure sweet swift swiss swollen syrian
+    tall tan teal teenage tender thick thin third tibetan tight top trim triple true turquoise twin
+    ugly uneven unfinished unique unisex unknown unmade unripe upper upscale upside urban vast
+    victorian vintage vivid warm weak weird western wet white whole wicker wide wild wooden woolen
+    wrong yellow young""",
     NOUN: """academy animal army assembly baby balcony belly biopsy body boundary buddy buggy bunny
     butterfly canal candy canopy canvas cathedral cereal ceremony charcoal cherry christmas cleaner
     colony comedy comic company cooler coral corral county crystal curry daddy dairy daisy deputy
@@ -114,8 +114,8 @@ WORDS = {
     infant italy ivy jelly king kitty lady lens liberty library lily liver lobby locomotive medal
     memorial metal morning mosaic mummy mural music numeral opener owner party patty penny picnic
     piggy plastic plenty pony poppy president priest primer property puppy quarry rally restaurant
-    ruby shed shelving sibling sky sled spring spy stable student study supply tabby teddy teenager
-    terminal thing topper traffic trolly vegetable viking warmer whisky""",
+    ruby sapling seedling shed shelving sibling sky sled spring spy stable student study supply
+    tabby teddy teenager terminal thing topper traffic trolly vegetable viking warmer whisky""",
     PLURAL: """bison buffalo cattle children deer feet geese men mice people personnel police sheep
     teeth women""",
     VERB: """ate became began blew broke came chose drank drove fell felt flew gave got grew laid
@@ -130,7 +130,8 @@ WORDS = {
     dwelling earring etching filling flooring frosting icing landing lettering lighting lining
     netting opening painting paneling plumbing pudding railing ring scaffolding seating serving
     setting siding string stuffing topping wedding wing writing""",
-    ORANGE: "adult antique female giant half light male miniature orange oval plaid rear square",
+    ORANGE: """adult antique female giant half light male miniature newborn orange oval plaid rear
+    square""",
     DET: "a an another any each either every neither some the these this those",
     POSS: "his its my our their whose your",
     PRON: """anyone eachother everyone everything he herself him himself i it itself me nobody
@@ -178,7 +179,7 @@ for word_class, members in WORDS.items():
 # Words that are not in the lexicon: the first ending that fits decides. A guessed adjective that
 # no noun follows is a noun (ORANGE).
 ENDINGS = (
-    (r"[\d.,/:]*\d[\d.,/:]*(?:st|nd|rd|th|s)?$", NUM),
+    (r"[\d.,/:]*\d[\d.,/:]*[a-z]{0,3}$", NUM),
     (r"(?:thir|for|four|fif|six|seven|eigh|nine)(?:teen|ty)$", NUM),
     (r".+(?:ing|in')$", RIDING),
     (r".*[stwp]eed$", NOUN),
@@ -232,37 +233,38 @@ QUANTITY = with_plurals("""abundance amount array assortment batch bit bite broo
     section selection series serving set shower slice sort splash sprig squad stack strand stretch
     string strip swarm swirl tangle team thousand ton trio troop type variety wealth wedge""")
 # A picture of a dog shows a dog: the dog is a phrase, the picture is none.
-PICTURES = with_plurals("""close close-up closeup footage image photo photograph picture portrait
-    screenshot selfie shot snapshot up view""")
+PICTURES = with_plurals("""close close-up closeup footage image photo photograph pic picture
+    portrait screenshot selfie shot snapshot up view""")
 # Times, events, manners, sports, abstractions: one cannot point at them. Nor at what ends as they
 # do, but for CONCRETE.
-NOT_THINGS = with_plurals("""access accident adventure advice afternoon ages agreement aim air
-    airstrike altitude am amazement anger anniversary appetite approach april arrival attack attempt
-    august backflip backhand badminton battle behavior benefit birth break breath budget bunt call
-    campaign career carnival cartwheel cause century ceremony chase choice christmas cm color
-    comment concept concern concert confinement confusion contact contest contrast cost crash crime
-    danger dawn death debate december decision decrease defeat delay delight demand departure desire
-    development disaster discussion disrepair dozen dunk dusk earthquake easter effect effort
-    employment entertainment era escape evening event example excitement exercise explosion
-    expression extension fashion fear february feel festival fight flight focus forehand freedom ft
-    fun funeral future gallon game gb golf grace grip growth guilt haircut halloween handstand harm
-    health height help heritage history hockey homework hope hour humor hunger hurricane hurry idea
-    illusion impact inch incident increase interest interview invasion issue january job joke
-    journey joy july jump june justice kg kind kiss knowledge l labor lack language laugh laughter
-    launch lbs leisure length lesson level life liter look loss luck m magic maneuver marathon
-    marriage match matches matter memory midair midday midst mind mission mistake ml mm mode moment
-    month mood morning move movement mph music nap nature need news noise noon notice november
-    occasion october ollie opinion order origin outbreak outskirts oz pace pain pandemic panic
-    parade party passion past pcs peace penalty percent picnic play pleasure pm politics possession
-    poverty practice praise prayer premiere pressure pride problem proceedings process progress
-    promise proof protest prowess purpose quarantine race rally rate reason recovery rehearsal
-    research rest result retirement rhythm ride role rule safety schedule search season sense
-    september serve session shipment shock show size skill sleep smell solitude somersault sort
-    speech speed spirit strength stress strike struggle stunt style success summer surgery surprise
-    surroundings takeoff talk tantrum task taste temperature tennis tension theme thought threat
-    thrill time topic touch touchdown tour tournament transit transport treatment trial trick trip
-    trouble turn twilight type unison use variety victory vigil vision visit volley vote wait wake
-    war wealth weather wedding week weekend wheelie will wind winter wish wonder work x year""")
+NOT_THINGS = with_plurals("""access accident adventure advice afternoon ages agreement aid aim air
+    airstrike altitude am amazement anger anniversary appetite approach apr april arrival attack
+    attempt aug august backflip backhand badminton battle bc bce behavior benefit birth blast break
+    breath budget bunt c ca call campaign career carnival cartwheel cause century ceremony change
+    chase choice christmas cm color comment concept concern concert confinement confusion contact
+    contest contrast cost crash crime danger dawn death debate dec december decision decrease defeat
+    delay delight demand departure desire development disaster discussion disrepair dozen dunk dusk
+    earthquake easter effect effort employment entertainment era escape evening event example
+    excitement exercise explosion expression extension fashion fear feb february feel festival fight
+    final flight focus forehand freedom ft fun funeral future gallon game gb golf grace grip growth
+    guilt haircut halloween handstand harm health height help heritage history hockey homework hope
+    hour humor hunger hurricane hurry idea illusion impact inch incident increase interest interview
+    invasion issue jan january job joke journey joy july jump june justice kg kind kiss knowledge l
+    labor lack language laugh laughter launch lbs leisure length lesson level life liter look loss
+    luck m magic maneuver mar marathon marriage match matches matter mb memory midair midday midst
+    mind mission mistake ml mm mode moment month mood morning move movement mph music nap nature
+    need news noise noon notice nov november occasion oct october ollie opinion order origin
+    outbreak outskirts oz pace pain pandemic panic parade party passion past pcs peace penalty
+    percent picnic play pleasure pm politics possession poverty practice praise prayer premiere
+    pressure pride problem proceedings process progress promise proof protest prowess purpose
+    quarantine race rally rate reason recovery rehearsal research rest result retirement rhythm ride
+    role rule safety schedule search season sense sept september serve session shipment shock show
+    size skill sleep smell solitude somersault sort speech speed spirit strength stress strike
+    struggle stunt style success summer surgery surprise surroundings takeoff talk tantrum task
+    taste tb temperature tennis tension theme thought threat thrill time topic touch touchdown tour
+    tournament transit transport treatment trial trick trip trouble turn twilight type unison use
+    variety victory vigil vision visit volley vote wait wake war wealth weather wedding week weekend
+    wheelie will wind winter wish wonder work x year yoga""")
 ABSTRACT = re.compile(
     r".*(?:ness|ism|[ae]nc(?:e|y|ie)|it(?:y|ie)|(?<!ic)ation|[^a]tion|(?:er|nd|on)ship|day|time"
     r"|(?<!k)night)s?$"
@@ -452,11 +454,13 @@ RULES = (
     (ADV, DET + POSS, STARTS, ADJ),  # a *still* lake
     (ADJ, NOUNS, RIGHT, ADV, lambda at: at.word in LOCATIONS),  # zebra *bottom* left
     (ADJ, NOUN, ANY, NOUN, lambda at: at.word in LOCATIONS),  # a hill *top*
+    (ADJ, DET, RIDING, NOUN, lambda at: at.word in LOCATIONS),  # the *middle* holding a bat
     (ADJ, DET + POSS, PLACES + VERB + MARK, NOUN, lambda at: at.word[-1] in "yl"),  # a *guppy* in
     (ORANGE, ANY, JOINTS, ADJ, lambda at: at.right2 == ADJ),  # an *orange* and red bus
     (ORANGE, NOUN, ANY, NOUN),  # a street *light*
     (ORANGE, ANY, RIDING, ADJ, lambda at: at.word not in LEXICON and at.right2 in THINGS),
     (ORANGE, ANY, RIDES + RIDING + VERB, NOUN),  # an *orange* sits
+    (ORANGE, ANY, PARKED, NOUN, lambda at: at.right2 in PREP + UP and at.word != "half"),
     (ORANGE, ANY, RIGHT, NOUN, lambda at: at.right2 in LINK),  # a *square* left of
     (ORANGE, ARTICLES, PLURAL + LIGHTS, NOUN, lambda at: at.right2 in OPENERS),  # *medic* checks a
     (ORANGE, ANY, NOUNISH, ADJ),  # an *orange* bus
@@ -500,6 +504,7 @@ RULES = (
     (PARKED, ARTICLES, RIGHT, PARTICIPLE),  # a *broken* left wing
     (PARKED, ARTICLES, ANY, NOUN),  # a *set* of
     (PARKED, ADJ, VERB, NOUN),  # a small *dug* sits
+    (PARKED, NOUN, COMMA + MARK, NOUN, lambda at: at.word == "set"),  # a cookware *set*
     (PARKED, START, LINK, NOUN, lambda at: at.word in QUANTITY),  # *set* of
     (DET, ANY, VERB + RIDES, PRON, lambda at: at.word in SINGULAR and at.after[-1] == "s"),
     (VERB, INSIDE, ANY, NOUN),  # a *stare* at
@@ -518,6 +523,7 @@ RULES = (
     (ONE, ANY, THINGS + ADJ + CAN, NUM),  # *one* dog
     (THAT, NOUNS + PRON + ADJ, ANY, REL),  # a dog *that* runs
     (THAT, ANY, THINGS + ADJ, DET),  # *that* dog
+    (CAN, PRON, ANY, AUX),  # you *can* see
     (CAN, NOUNS + PRON, VERB + RIDE + BE + ADV, AUX),  # a dog *can* swim
     (QUOTE, PLURAL, NOUNISH, GENITIVE),  # two dogs *'* heads
     (GENITIVE_S, NOUNS, PREPS + JOINTS + MARK + THAT, PLURAL),  # two ski *'s* on
@@ -615,7 +621,8 @@ def read_phrases(caption, spans, words, tags):
         if subject > first and tags[subject - 1] == CONJ:
             subject = last  # a white and stainless steel fridge
         start, quantity = first if quantity is None else quantity, None
-        more = words[last + 1] == "of" or words[last + 1 : last + 4] == ["and", words[last], "of"]
+        more = words[last + 1] == "of" or words[last : last + 2] in (["half", "a"], ["half", "an"])
+        more = more or words[last + 1 : last + 4] == ["and", words[last], "of"]
         if more and (words[last] in QUANTITY or words[last] == "body"):
             quantity = start
         elif is_thing(words, tags, first, last, subject):
