@@ -246,9 +246,9 @@ NOT_THINGS = with_plurals("""access accident adventure advice afternoon ages agr
     delay delight demand departure desire development disaster discussion disrepair dozen dunk dusk
     earthquake easter effect effort employment entertainment era escape evening event example
     excitement exercise explosion expression extension fashion fear feb february feel festival fight
-    final flight focus forehand freedom ft fun funeral future gallon game gb golf grace grip growth
-    guilt haircut halloween handstand harm health height help heritage history hockey homework hope
-    hour humor hunger hurricane hurry idea illusion impact inch incident increase interest interview
+    final flight focus forehand freedom ft fun funeral future gallon game gb golf grace growth guilt
+    haircut halloween handstand harm health height help heritage history hockey homework hope hour
+    humor hunger hurricane hurry idea illusion impact inch incident increase interest interview
     invasion issue jan january job joke journey joy july jump june justice kg kind kiss knowledge l
     labor lack language laugh laughter launch lbs leisure length lesson level life liter look loss
     luck m magic maneuver mar marathon marriage match matches matter mb memory midair midday midst
@@ -258,8 +258,8 @@ NOT_THINGS = with_plurals("""access accident adventure advice afternoon ages agr
     percent picnic play pleasure pm politics possession poverty practice praise prayer premiere
     pressure pride problem proceedings process progress promise proof protest prowess purpose
     quarantine race rally rate reason recovery rehearsal research rest result retirement rhythm ride
-    role rule safety schedule search season sense sept september serve session shipment shock show
-    size skill sleep smell solitude somersault sort speech speed spirit strength stress strike
+    role rule safety scent schedule search season sense sept september serve session shipment shock
+    show size skill sleep smell solitude somersault sort speech speed spirit strength stress strike
     struggle stunt style success summer surgery surprise surroundings takeoff talk tantrum task
     taste tb temperature tennis tension theme thought threat thrill time topic touch touchdown tour
     tournament transit transport treatment trial trick trip trouble turn twilight type unison use
@@ -281,10 +281,10 @@ BALL_SPORTS = with_plurals("baseball basketball football soccer softball volleyb
 BARE = with_plurals("""bat bloom board class construction dinner display duty fire formation guard
     half hand horseback lunch place row sale service sunrise sunset tow town""")
 ARRAYS = with_plurals("row line circle group pile")
-ACTS = with_plurals("""bath bite bow catch cut drink flip guard hit hug kiss leap look place pose
-    shot sip spill spin step swing thumb walk way""")
+ACTS = with_plurals("""bath bite bow catch cut drink flip grip guard hit hug kiss leap look place
+    pose shot sip spill spin step swing thumb walk way""")
 TAKING = re.compile(
-    "(?:attempt|do|gett?|giv|ha|hav|mak|perform|play|stand|strik|tak)(?:e?s|e|ing)?$"
+    "(?:attempt|do|gett?|giv|ha|hav|los|mak|perform|play|stand|strik|tak)(?:e?s|e|ing)?$"
     "|did|gave|got|took"
 )
 # What most often does what a verb says: in "a man in a hat riding a horse" the man rides. After
@@ -301,6 +301,7 @@ PEOPLE = """activist actor artist athlete barber bartender batter bear bicyclist
     tourist trainer umpire vendor waiter waitress wife woman worker zebra""".split()
 MOVERS = "airplane bird boat bus children men people plane train truck women "
 MOVERS = with_plurals(MOVERS + " ".join(PEOPLE))
+OWNERS = ("kids", "boys", "girls", "ladies", "womens", "mens")
 SINGULAR = ("a", "an", "one", "another", "each", "every", "this")
 MANY = QUANTITY | {"few", "several", "many"}
 
@@ -456,8 +457,8 @@ RULES = (
     (ADJ, NOUN, ANY, NOUN, lambda at: at.word in LOCATIONS),  # a hill *top*
     (ADJ, DET, RIDING, NOUN, lambda at: at.word in LOCATIONS),  # the *middle* holding a bat
     (ADJ, DET + POSS, PLACES + VERB + MARK, NOUN, lambda at: at.word[-1] in "yl"),  # a *guppy* in
-    (ORANGE, ANY, JOINTS, ADJ, lambda at: at.right2 == ADJ),  # an *orange* and red bus
     (ORANGE, NOUN, ANY, NOUN),  # a street *light*
+    (ORANGE, ANY, JOINTS, ADJ, lambda at: at.right2 == ADJ),  # an *orange* and red bus
     (ORANGE, ANY, RIDING, ADJ, lambda at: at.word not in LEXICON and at.right2 in THINGS),
     (ORANGE, ANY, RIDES + RIDING + VERB, NOUN),  # an *orange* sits
     (ORANGE, ANY, PARKED, NOUN, lambda at: at.right2 in PREP + UP and at.word != "half"),
@@ -478,7 +479,7 @@ RULES = (
     (PLURAL + LIGHTS, NOUN, FOLLOWS + RIDING, VERB, after_one),  # a bird *perches* on
     (PLURAL + LIGHTS, PRON, ANY, VERB),  # as she *bends*
     (PLURAL, ANY, THINGS + ADJ + BACK, OWNER, owns),  # a *mans* hat
-    (PLURAL, START, NOUN + ADJ, OWNER, lambda at: at.word in ("kids", "boys", "girls", "ladies")),
+    (PLURAL, START, NOUN + ADJ + COMPOUND, OWNER, lambda at: at.word in OWNERS),
     (RIDE, REL + PRON + AUX + INF, ANY, VERB),  # to *ride*
     (RIDE, JOINTS, ANY, VERB, lambda at: at.left2 == VERB),  # sit and *ride*
     (RIDE, JOINTS, PRON + OPENERS, VERB),  # and *tilt* it
@@ -601,6 +602,8 @@ def is_thing(words, tags, first, last, subject):
         return False
     if before in ("says", "saying") and tags[first] != DET:
         return False  # a sign saying stop
+    if tags[first] == NUM and before in (",", "-") and not after and word in QUANTITY:
+        return False  # , 2 pack
     row = word in ARRAYS and before == "in" and tags[first] != NUM
     if row or after == "of" and word in ("corner", "form", "shape"):
         return False  # in a row, at the corner of
@@ -633,6 +636,23 @@ def read_phrases(caption, spans, words, tags):
     return phrases
 
 
+ARTICLE = re.compile(r"\b(?:an?|the|is|are)\b", re.I)
+
+
+def is_title(caption, spans):
+    """Most words begin with a capital, and there is no article, as in a product's title."""
+    capitals = sum(caption[start].isupper() for start, _ in spans)
+    return 2 * capitals > len(spans) and not (caption.isupper() or ARTICLE.search(caption))
+
+
+def classify_in_title(word):
+    """No verbs there: Cat Scratching Post, Throw Pillow, Knife Set with Block."""
+    found = classify(word)
+    if found == RIDING and word not in ING_STATE:
+        return COMPOUND
+    return NOUN if found == VERB or word == "set" else found
+
+
 def parse(caption):
     """The `Parse` of a caption, whatever string it is. Linear in its length.
 
@@ -643,7 +663,8 @@ def parse(caption):
     words = [plain[start:end].lower() for start, end in spans]
     if plain is not caption:
         words = [re.sub("[\u200b\u2063]", "", word) for word in words]
-    tags = decide(words, [classify(word) for word in words])
+    sort = classify_in_title if is_title(caption, spans) else classify
+    tags = decide(words, [*map(sort, words)])
     tokens = [Token(caption[a:b], a, b, tag) for (a, b), tag in zip(spans, tags)]
     return Parse(caption, tokens, read_phrases(caption, spans, words, tags))
 

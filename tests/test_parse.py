@@ -191,6 +191,7 @@ After [the |rain] [|puddles] cover [the |street].
 [The |crates] on [the |dock] are ready for shipment.
 [|Friends] meet during a vigil, a hearing and a shooting.
 [A |cake] in the shape of [a |train]
+[A |girl] loses her grip.
 [A |boy] does a cartwheel on [a |lawn].
 [Two |couples] walk hand in hand.
 [A gaggle of |geese] in [a |pond]
@@ -219,6 +220,13 @@ After [the |rain] [|puddles] cover [the |street].
 [a small |ham and egg pie] on [a |plate]
 [Pack of 12 |LED Bulbs], Dishwasher Safe
 [Kids |Rain Boots]
+[|Cat Scratching Post] with [|Toy Ball], 2 Pack
+[|Knife Set] with [|Block], 12oz
+[|Nail Polish], [Glossy |Coat]
+[A large |square] surrounded by [|trees]
+[half a |melon]
+[|lady] in the middle holding [|racquet]
+[the |car] you can see
 [A |Cotton Sheet Set], Grey
 [Two |ski's] on [a |rack]
 [A |guppy] in [a |tank]
