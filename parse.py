@@ -641,6 +641,8 @@ ARTICLE = re.compile(r"\b(?:an?|the|is|are)\b", re.I)
 
 def is_title(caption, spans):
     """Most words begin with a capital, and there is no article, as in a product's title."""
+    if caption[1:].islower():
+        return False
     capitals = sum(caption[start].isupper() for start, _ in spans)
     return 2 * capitals > len(spans) and not (caption.isupper() or ARTICLE.search(caption))
 
