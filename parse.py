@@ -44,85 +44,113 @@ UP, NEARBY, BACK, RIGHT, HAS, CAN, ALL, ONE, THAT, HER, TO, GENITIVE_S, QUOTE = 
 # Words by class: those of 20,012 COCO captions and the most frequent of a general list (wordfreq),
 # where ENDINGS err and it matters. Of verbs: the class of the word and of its form in -s.
 VERBS = {
-    (VERB, VERB): """accept add allow appear apply approach attempt bake bathe beg bring build buy
-    carry celebrate chew choose chop come compete consist contain create crouch deliver depict
-    describe dig dine dodge don drape eat enjoy enter extend fill find fix float follow gain gather
-    gaze gesture get give glide go grab grapple graze grow guide hang herd hike hold hover huddle
-    ignore include indicate jog juggle keep kneel know laugh lay lean learn let lick lie listen love
-    make maneuver march melt operate overlook pass pay peer perch perform portray pour prepare
-    produce protrude provide put react read reflect relax respond say see seem sell shear sing sip
-    sit snuggle socialize speak splash squeeze stare stay steal steer stir surround swim take teach
-    tell think throw try unload want wear write yawn""",
-    (RIDE, RIDES): """balance battle beat bend bite blow brush capture catch chase cheer clap climb
-    cook crash cross cut dance display dive drive escape face fall feature feed finish flip fly
-    glance greet heat help hit hug jump kick lead leap look lounge measure move parade pause
-    photograph pick play plow point pose practice pull push race reach rest return ride rip rise run
-    salute search serve shake shine shoot shout show sleep slide smile squat stand start stretch
-    strike stroll struggle surf swing talk tear toss tow travel turn use visit wait walk wash watch
-    wipe work""",
-    (RIDE, LIGHTS): """bat block board cover crowd dress drink fence film fry glow land leave light
-    line load mirror pack paddle paint park pet pitch place plant post roll row sail share signal
-    skate ski slice sport spray spread stick stop tie train trick trim type view wave""",
+    (VERB, VERB): """accept add adjust admire allow announce appear applaud apply approach arrange
+    arrive assemble assist attempt attend avoid bake bathe become beg believe billow blame bounce
+    bring build buy carry carve celebrate chat chew choose chop clash collapse collect come compare
+    compete confirm connect consist contain continue crawl create crouch decorate deliver
+    demonstrate depict describe destroy dig dine discuss dodge dominate don doze drape dribble drift
+    eat embrace engage engulf enjoy ensure enter entertain evacuate examine expect explain explore
+    extend fail fill find fix flow follow gain gallop gather gaze gesture get give glide go grab
+    grapple graze grow guide hang happen hear herd hike hold hover huddle ignite ignore include
+    indicate insert inspect install interact investigate invite jog join juggle jut keep kneel knit
+    know laugh launch lay lean learn let lick lie listen lose love make maneuver march mean melt
+    mention merge mingle munch nap navigate nod observe occupy occur operate overlook pass pay peck
+    peek peer perch perform plunge poke portray pour prepare produce protrude prove provide put
+    raise react read receive recover reflect relax remain remove require resemble respond retrieve
+    reveal roam rotate say scatter scramble scrub see seek seem sell send sew shave shear sing sip
+    sit snap sniff snuggle soar socialize speak spend spin splash sprint squeeze stare stay steal
+    steer stir submit suck surround survive sway swim take teach tell tend think throw tilt try
+    unload unveil wade wander want wear weave welcome wrestle write yawn""",
+    (RIDE, RIDES): """attack balance bark battle beat bend bite blow bounce brace brush bump capture
+    cast catch change chase chat cheer claim clap climb combine cook crash cross cut dance display
+    dive drag draw drive escape exhibit exit face fall feature feed fight finish flip float fly gain
+    glance greet grin heat help hit hug hunt hurt jump kick lead leap lift look lounge measure move
+    nap parade pause peek photograph pick play plow point poke pose practice pull push race reach
+    repair rescue rest return ride rip rise roast rub run salute scan search serve shake shine shoot
+    shout show slap sleep slide smell smile snap sniff sort spin squat stand stare start stretch
+    strike stroll struggle support surf suspect sweep swing tackle talk taste tear tilt toss touch
+    tow travel turn use vie visit vote wait walk wash watch welcome whisper wipe work yawn""",
+    (RIDE, LIGHTS): """bat block board comb cover crowd dart dress drink drop fence film fry glow
+    grill guard knot land leave light line load mirror mount pack paddle paint park pet pitch place
+    plant post pump rally roll row sail sample share shop shovel shred signal skate sketch ski slice
+    sling smoke sport spray spread sprinkle stack stalk step stick stitch stop tie trail train trek
+    trick trim tug type view wave whisk""",
 }
 WORDS = {
-    ADJ: """able adjacent african ajar alert alpine amber american artisan asian asleep awake bad
-    bald bare barefoot baroque barren beige best better big bitter black blank blind blond blonde
-    blue bottom brief bright broad bronze brown brunette calico calm casual center certain cheap
-    chic clean clear close closed coarse cold common compact complete complex cool copper crisp cute
-    cyan dark dead deep dense desolate different drab dual dull dumb dutch early eastern elaborate
-    elderly electric elegant enough entire equestrian european external extreme fair fake fancy far
-    fast fat favorite feminine few final fine first flat foreign formal free french fresh front full
-    gay gentle german gold golden good gourmet grand grave gray great greek green grey gross
-    handheld handicap handmade hard high hind homemade hot huge human humane idle important indian
-    indoor inner intense intricate inverted irish jumbo juvenile khaki korean large last late latin
-    lavender little live lone long loose loud low lush magenta main major makeshift manual maroon
-    medium metropolitan mexican middle mini miniature minor mixed mobile modern modest much multi
-    multiple naked narrow nearest neat neon new next nice odd old only open opposite optic oral
-    ornate other outdoor outer overcast overgrown overripe own pale parallel pastel peculiar perfect
-    pink pinkish plain plush poor posh pristine private prominent proper public pure purple quaint
-    quick quiet rare raw real recent red retro rich ripe roman rotten rough round rundown sad safe
-    same second separate several shallow sharp sheer shorn short sick silent silver similar simple
-    single sleek slender slight slow small smart smiley smooth soft solar solemn solid somber spare
-    sparse spicy squat stark steep straight strange striped strong suburban such sure sweet swiss
-    tall tan teal teenage tender thick thin third tight top trim triple true turquoise twin ugly
-    unfinished unique unknown unmade unripe upper upscale upside urban vast victorian vintage warm
-    weird western wet white whole wicker wide wild wooden woolen wrong yellow young""",
-    NOUN: """animal army assembly baby balcony belly body buddy buggy bunny butterfly canal candy
-    canopy canvas cathedral cereal ceremony charcoal cherry christmas comic cooler coral corral
-    crystal dairy daisy elephant enemy evening family ferry garlic garnish gas goldfish gravy
-    hospital husky infant ivy jelly kitty lady lens library liver lobby locomotive medal memorial
-    metal morning mosaic mummy mural music numeral owner party patty picnic plastic pony president
-    priest property puppy restaurant shed shelving sky sled spring stable student study tabby teddy
-    teenager terminal thing topper traffic trolly vegetable warmer""",
-    PLURAL: "buffalo cattle children deer feet geese men mice people police sheep teeth women",
-    VERB: "ate came fell flew got laid ran rode sat saw stood swam threw took went woke wore wrote",
-    PARKED: """bent bitten blown bought bound broken built burnt caught clad cut done drawn driven
-    dug eaten fallen fed flown found frozen gone grown held hidden hung inlaid kept laden laid led
-    lit lost made overgrown paid put ridden seen set shot shown shut sold split stolen strewn strung
-    stuck taken taught thrown told torn won worn woven written""",
+    ADJ: """able accurate adjacent afghan african ajar alert alive alpine amber american artisan
+    asian asleep awake aware awkward bad bald bare barefoot baroque barren beige best better big
+    bitter bizarre black bland blank bleak blind blond blonde blue blunt bottom brave brief bright
+    broad broke bronze brown brunette buddhist calico calm casual center certain cheap chic clean
+    clear clever close closed coarse cold common compact complete complex cool copper corporate
+    correct crimson crisp crude cuban cute cyan czech damp dark dead decent deep delicate dense
+    desolate desperate different diverse drab dual dull dumb dutch early eastern elaborate elderly
+    electric elegant enough entire equestrian european exact exquisite external extreme faint fair
+    fake familiar fancy far fast fat favorite feminine feral fertile few fierce fiery final fine
+    first flat foreign formal former fragile frantic free french fresh front full gay gentle german
+    glad gold golden good gourmet grand gray great greek green grey grim gross handheld handicap
+    handmade hard high hind hollow homemade hot huge human humane humid icy idle immature immense
+    important indian indoor inner intact intense intricate inverted iraqi irish israeli jewish jolly
+    jumbo juvenile khaki korean large last late latin lavender lightweight little live lone long
+    loose loud low lunar lush magenta main major makeshift manual maroon masculine mature medium
+    mellow metropolitan mexican middle mild mini minor mixed mobile modern modest moist much multi
+    multiple muslim mute naked narrow nearest neat neon new next nice northeastern northwestern odd
+    old only opaque open opposite optic oral ornate other outdoor outer overcast overgrown overripe
+    overweight own pakistani pale parallel pastel peculiar perfect petite pink pinkish plain plush
+    poor posh pristine private prominent proper proud public pure purple quaint quick quiet rare raw
+    real recent red retro rich ripe roman rotten rough round rundown sad safe same secluded second
+    separate several severe shallow sharp sheer shorn short sick silent silver similar simple single
+    sleek slender slick slight slim slow small smart smiley smooth soft solar solemn solid somber
+    sore southeastern spare sparse spicy squat stale stark steep sterling stiff straight strange
+    stray striped strong subtle suburban such sudden superb sure sweet swift swiss swollen syrian
+    tall tan teal teenage tender thick thin third tibetan tight top trim triple true turquoise twin
+    ugly uneven unfinished unique unisex unknown unmade unripe upper upscale upside urban vast
+    victorian vintage vivid warm weak weird western wet white whole wicker wide wild wooden woolen
+    wrong yellow young""",
+    NOUN: """academy animal army assembly baby balcony belly biopsy body boundary buddy buggy bunny
+    butterfly canal candy canopy canvas cathedral cereal ceremony charcoal cherry christmas cleaner
+    colony comedy comic company cooler coral corral county crystal curry daddy dairy daisy deputy
+    diary doggy duckling dumpling economy elephant embassy enemy evening fairy family ferry
+    foreigner galaxy garlic garnish gas germany goldfish gravy herring holly hospital hungary husky
+    infant italy ivy jelly king kitty lady lens liberty library lily liver lobby locomotive medal
+    memorial metal morning mosaic mummy mural music numeral opener owner party patty penny picnic
+    piggy plastic plenty pony poppy president priest primer property puppy quarry rally restaurant
+    ruby sapling seedling shed shelving sibling sky sled spring spy stable student study supply
+    tabby teddy teenager terminal thing topper traffic trolly vegetable viking warmer whisky""",
+    PLURAL: """bison buffalo cattle children deer feet geese men mice people personnel police sheep
+    teeth women""",
+    VERB: """ate became began blew broke came chose drank drove fell felt flew gave got grew laid
+    meant met ran rang rode said sang sank sat saw shook slept slid spent spoke stole stood struck
+    stuck swam swore threw took tore went withdrew woke won wore wrote""",
+    PARKED: """beaten bent bitten blown born bought bound broken brought built burnt caught chosen
+    clad cut dealt done drawn driven dug eaten fallen fed flown forgotten found frozen given gone
+    grown held hidden hung inlaid kept known laden laid led lit lost made overgrown paid proven put
+    rebuilt ridden seen sent set shaken shot shown shut sold split sprung spun stolen strewn strung
+    stuck sunk swept taken taught thrown told torn won worn woven written""",
     PAINTING: """awning bedding building carving ceiling clothing covering crossing drawing dressing
-    earring filling flooring frosting icing landing lettering lighting lining netting offering
-    opening painting plumbing pudding railing ring seating serving setting string stuffing topping
-    wedding wing writing""",
-    ORANGE: "adult antique female giant half light male orange oval plaid rear square",
-    DET: "a an another any each either every neither no some the these this those",
+    dwelling earring etching filling flooring frosting icing landing lettering lighting lining
+    netting opening painting paneling plumbing pudding railing ring scaffolding seating serving
+    setting siding string stuffing topping wedding wing writing""",
+    ORANGE: """adult antique female giant half light male miniature newborn orange oval plaid rear
+    square""",
+    DET: "a an another any each either every neither some the these this those",
     POSS: "his its my our their whose your",
-    PRON: """anyone everyone everything he herself him himself i it itself me nobody nothing ones
-    others she someone something them themselves they us we what you""",
+    PRON: """anyone eachother everyone everything he herself him himself i it itself me nobody
+    nothing ones others she someone something them themselves they us we what you""",
     NUM: "eight eleven five four hundred nine seven six ten thousand three twelve two",
-    PREP: """above across after against along alongside amidst among at atop before behind below
-    beneath beside between beyond despite during except for in into like near on onto past than
-    through throughout toward towards under underneath unlike until upon via w/ w/o with within
-    without""",
+    PREP: """above across after against along alongside amid amidst among amongst at atop before
+    behind below beneath beside besides between beyond despite during except for in into like near
+    on onto past per than through throughout thru til till toward towards under underneath unlike
+    until upon versus via w/ w/o with within without""",
     UP: "aboard about around by down inside off out outside over up",
-    ADV: """afar again ago ahead airborne alone also always apart ashore away downhill downstairs
-    downward downwards else even everywhere halfway here how indoors instead just never not now once
-    outdoors outward rather sideways somewhere soon still then there together too uphill upright
-    upstairs upwards""",
+    ADV: """abroad afar again ago ahead airborne alone also altogether always anywhere apart ashore
+    aside away backstage downhill downstairs downward downwards else elsewhere even ever everywhere
+    farther further halfway here how indoors instead just maybe meanwhile never not now often once
+    online onstage outdoors outward overnight perhaps rather sideways sometimes somewhere soon still
+    then there together too twice uphill upright upstairs upwards yet""",
     NEARBY: "backward backwards forward nearby overhead underwater",
-    DEGREE: "almost extra less more most otherwise pretty quite so somewhat super very well",
-    BE: "am are aren't be been being is isn't was were",
-    AUX: "can't cannot could may might must should will would",
+    DEGREE: "almost extra less more most no otherwise pretty quite so somewhat super very well",
+    BE: "am are aren't be been being is isn't was wasn't were weren't",
+    AUX: "can't cannot could didn't doesn't don't may might must should will won't would",
     CONJ: "& / and and/or but nor or",
     SUB: "although as because if since though unless when where whether while whilst",
     HAS: "did do does had has have having",
@@ -135,7 +163,7 @@ LEXICON |= {"'s": GENITIVE_S, "'": QUOTE, ",": COMMA}
 
 def in_s(word):
     """Its form in -s: dogs, watches, carries."""
-    return re.sub("(s|x|z|o|[sc]h)$", r"\1e", re.sub("(?<![aeou])y$", "ie", word)) + "s"
+    return re.sub("(s|x|z|^go|^do|[sc]h)$", r"\1e", re.sub("(?<![aeou])y$", "ie", word)) + "s"
 
 
 def with_plurals(words):
@@ -151,14 +179,14 @@ for word_class, members in WORDS.items():
 # Words that are not in the lexicon: the first ending that fits decides. A guessed adjective that
 # no noun follows is a noun (ORANGE).
 ENDINGS = (
-    (r"[\d.,/:]*\d[\d.,/:]*(?:st|nd|rd|th|s)?$", NUM),
+    (r"[\d.,/:]*\d[\d.,/:]*[a-z]{0,3}$", NUM),
     (r"(?:thir|for|four|fif|six|seven|eigh|nine)(?:teen|ty)$", NUM),
     (r".+(?:ing|in')$", RIDING),
     (r".*[stwp]eed$", NOUN),
     (r".+ify$", VERB),
     (r".{2,}ed$", PARKED),
     (r".{2,}ly$", DEGREE),
-    (r".*(?:[aeou]y|[ei]ty|[eou]ry|[snlue]try|lry|ndry|phy|[lor]gy|cy|berry)$", NOUN),
+    (r".*(?:[aeou]y|[ei]ty|[eou]ry|[snlue]try|lry|ndry|[cn]opy|rapy|phy|[lor]gy|cy|berry)$", NOUN),
     (r".{2,}(?:y|iest|ous|less|ful|[aeiou]ble|[wh]ern|(?<!e)ese|esque|proof|like|some)$", ADJ),
     (r".{3,}(?:al|ic|ive|[^m]ent|ant|[ou]lar|lear|near|ish|[^r]ian|id|ior|[st]ile|ary)$", ORANGE),
     (r".+(?:(?<!s|u|i)s|(?<![iou])men)$", PLURAL),
@@ -171,50 +199,76 @@ DEGREES = ("(er|est)$", ""), ("(?<=e)(r|st)$", ""), (r"(.)\1(er|est)$", r"\1"), 
 # -ing words that belong to the noun after them wherever they stand ("and parking lots"), and those
 # that describe it ("running water"); any other does the first inside a noun phrase ("a rocking
 # chair") and after a preposition of place ("near loading dock").
-ING_ALWAYS = """baking charging cutting dining frying gaming hiking living parking roasting sewing
-    shopping steering swimming vending""".split()
-ING_STATE = """amazing appearing blinking breaking burning cheering crashing crumbling crying
-    drooping dying eating falling flaming floating flowing flying glistening glowing hanging
-    incoming interesting jumping laughing leaning looking matching moving oncoming passing peeling
-    rising rolling running rushing setting shining sitting smiling smoking soaring standing striking
-    surrounding towering walking working""".split()
-FORMS = ("fit", "length", "neck", "size", "sleeve", "story", "style")
+ING_ALWAYS = """baking charging cutting dining fishing frying gaming hiking living parking roasting
+    rowing sewing shopping steering swimming vending""".split()
+ING_STATE = """amazing appearing barking billowing bleeding blinking blooming blossoming boiling
+    bouncing breaking burning cheering crashing crawling crumbling crying curving dangling drifting
+    dripping drooping dying eating fading falling flaming flashing floating flowing flying galloping
+    gleaming glistening glowing grinning hanging hovering incoming interesting jumping kneeling
+    laughing leaning leaping looking lounging lurking matching melting moving oncoming passing
+    peeling pouncing rising roaring rolling rotting running rushing screaming setting shining
+    sinking sitting sizzling smiling smoking soaring sparkling standing staring steaming striking
+    surrounding towering trailing twisting wagging walking weeping wilting winding working yawning
+    """.split()
+FORMS = ("down", "through", "fit", "length", "neck", "size", "sleeve", "story", "style")
 PLACING = ("by", "near", "beside", "at", "on", "in", "under", "behind")
+DISHES = with_plurals("casserole curry dish omelet pie pizza salad sandwich soup stew")
 ACTIVITIES = """biking boarding climbing diving fishing sailing shopping skating skiing surfing
     """.split()
 # Words that belong to the noun after them: "hot dog" is a subject.
-FIXED = with_plurals("""big-ben big-rig brief-case close-up double-decker flat-screen french-fries
-    golden-gate half-pipe high-chair high-heel hot-dog light-bulb light-fixture light-house
-    light-pole light-post light-switch new-york orange-juice orange-peel orange-slice polar-bear
-    rear-view running-shoe smart-phone stainless-steel television-set third-base top-hat train-set
-    wet-suit wild-flower""")
+FIXED = with_plurals("""bedroom-set big-ben big-rig boarding-pass brief-case brush-set chess-set
+    close-up cookware-set dinner-set double-decker drum-set flat-screen french-fries german-shepherd
+    gift-set golden-gate golden-retriever half-pipe high-chair high-rise hot-dog knife-set
+    light-bulb light-fixture light-house light-pole light-post light-switch measuring-cup
+    mixing-bowl mountain-pass new-york orange-juice orange-peel orange-slice polar-bear rear-view
+    running-shoe sheet-set smart-phone stainless-steel swim-trunk swing-set tea-set television-set
+    third-base throw-blanket throw-pillow tool-set top-hat towel-set train-set wet-suit wild-flower
+    """)
 # "a group of people" is one phrase, and people is its subject.
-QUANTITY = with_plurals("""abundance amount array assortment batch bit bite brood bunch cluster
-    collection couple crowd dozen fleet flock fragment gang group half handful heap herd hundred
-    kind line load lot mob mound multitude number pack pair part patch piece pile portion row school
-    section selection series serving set shower slice sort stack string strip swarm swirl team
-    thousand trio type variety wealth""")
+QUANTITY = with_plurals("""abundance amount array assortment batch bit bite brood bunch bundle chunk
+    cluster clutch collection colony convoy couple crowd dash dollop dozen drove expanse fleet
+    flight flock fragment gaggle gang gathering group grouping half handful heap herd host hundred
+    kind line litter load lot million mob mound multitude number pack pair parade part patch piece
+    pile pinch plenty pod portion pride procession rest row sampling scattering school scoop scrap
+    section selection series serving set shower slice sort splash sprig squad stack strand stretch
+    string strip swarm swirl tangle team thousand ton trio troop type variety wealth wedge""")
 # A picture of a dog shows a dog: the dog is a phrase, the picture is none.
-PICTURES = with_plurals("""close close-up closeup footage image photo photograph picture portrait
-    screenshot selfie shot snapshot up view""")
+PICTURES = with_plurals("""close close-up closeup footage image photo photograph pic picture
+    portrait screenshot selfie shot snapshot up view""")
 # Times, events, manners, sports, abstractions: one cannot point at them. Nor at what ends as they
 # do, but for CONCRETE.
-NOT_THINGS = with_plurals("""accident adventure afternoon ages air am april attack attempt august
-    badminton battle birth birthday break bunt call century ceremony choice christmas cm color
-    concert contest contrast crash day daytime death december delight discussion dozen dusk
-    earthquake easter effect effort entertainment evening event example excitement expression
-    fashion february feel festival fight flight focus friday fun funeral future game golf grip
-    haircut halloween health height help history hockey holiday homework hour incident interest
-    interview january job joke journey joy july jump june kind kiss length lesson level life look m
-    marathon match matches matter meeting midair midst ml mm mode moment monday month morning
-    movement mph music nap nature need news night november october order parade party picnic play pm
-    practice pressure process progress protest purpose race rest ride safety saturday season
-    september serve show size skiing skill sleep sort speech speed spirit strike stunt style summer
-    sunday surgery surroundings talk temperature tennis thought thursday time today tonight tour
-    tournament transit transport trick trip tuesday turn twilight type unison use variety victory
-    vision visit volley wait war weather wedding wednesday week weekend wind winter wonder work year
-    """)
-ABSTRACT = re.compile(r".*(?:ness|ism|[ae]nce|it(?:y|ie)|(?<!ic)ation|[^a]tion)s?$")
+NOT_THINGS = with_plurals("""access accident adventure advice afternoon ages agreement aid aim air
+    airstrike altitude am amazement anger anniversary appetite approach apr april arrival attack
+    attempt aug august backflip backhand badminton battle bc bce behavior benefit birth blast break
+    breath budget bunt c ca call campaign career carnival cartwheel cause century ceremony change
+    chase choice christmas cm color comment concept concern concert confinement confusion contact
+    contest contrast cost crash crime danger dawn death debate dec december decision decrease defeat
+    delay delight demand departure desire development disaster discussion disrepair dozen dunk dusk
+    earthquake easter effect effort employment entertainment era escape evening event example
+    excitement exercise explosion expression extension fashion fear feb february feel festival fight
+    final flight focus forehand freedom ft fun funeral future gallon game gb golf grace growth guilt
+    haircut halloween handstand harm health height help heritage history hockey homework hope hour
+    humor hunger hurricane hurry idea illusion impact inch incident increase interest interview
+    invasion issue jan january job joke journey joy july jump june justice kg kind kiss knowledge l
+    labor lack language laugh laughter launch lbs leisure length lesson level life liter look loss
+    luck m magic maneuver mar marathon marriage match matches matter mb memory midair midday midst
+    mind mission mistake ml mm mode moment month mood morning move movement mph music nap nature
+    need news noise noon notice nov november occasion oct october ollie opinion order origin
+    outbreak outskirts oz pace pain pandemic panic parade party passion past pcs peace penalty
+    percent picnic play pleasure pm politics possession poverty practice praise prayer premiere
+    pressure pride problem proceedings process progress promise proof protest prowess purpose
+    quarantine race rally rate reason recovery rehearsal research rest result retirement rhythm ride
+    role rule safety scent schedule search season sense sept september serve session shipment shock
+    show size skill sleep smell solitude somersault sort speech speed spirit strength stress strike
+    struggle stunt style success summer surgery surprise surroundings takeoff talk tantrum task
+    taste tb temperature tennis tension theme thought threat thrill time topic touch touchdown tour
+    tournament transit transport treatment trial trick trip trouble turn twilight type unison use
+    variety victory vigil vision visit volley vote wait wake war wealth weather wedding week weekend
+    wheelie will wind winter wish wonder work x year yoga""")
+ABSTRACT = re.compile(
+    r".*(?:ness|ism|[ae]nc(?:e|y|ie)|it(?:y|ie)|(?<!ic)ation|[^a]tion|(?:er|nd|on)ship|day|time"
+    r"|(?<!k)night)s?$"
+)
 CONCRETE = with_plurals("""ambulance amenity appliance audience city collection community
     construction contraption creation decoration entrance facility fence formation foundation
     harness installation institution intersection junction location protection reflection residence
@@ -226,18 +280,29 @@ LOCATIONS = with_plurals("""back bottom center centre distance edge end front in
 BALL_SPORTS = with_plurals("baseball basketball football soccer softball volleyball")
 BARE = with_plurals("""bat bloom board class construction dinner display duty fire formation guard
     half hand horseback lunch place row sale service sunrise sunset tow town""")
-ARRAYS = ("row", "line", "circle", "group", "pile")
-ACTS = with_plurals("""bath bite bow drink guard hit hug kiss leap look place shot sip step swing
-    walk way""")
-TAKING = """do does doing gave get getting give gives giving has have having make makes making stand
-    standing stands take taken takes taking took""".split()
+ARRAYS = with_plurals("row line circle group pile")
+ACTS = with_plurals("""bath bite bow catch cut drink flip grip guard hit hug kiss leap look place
+    pose shot sip spill spin step swing thumb walk way""")
+TAKING = re.compile(
+    "(?:attempt|do|gett?|giv|ha|hav|los|mak|perform|play|stand|strik|tak)(?:e?s|e|ing)?$"
+    "|did|gave|got|took"
+)
 # What most often does what a verb says: in "a man in a hat riding a horse" the man rides. After
 # "the", the first alone; after "a", any noun, but for words of MANY ("a few street signs").
-PEOPLE = """batter boy cat child dog girl guy lady man person pitcher player rider skater skier
-    surfer woman""".split()
-MOVERS = with_plurals(" ".join(PEOPLE)) | with_plurals("""airplane bird boat bus children couple cow
-    elephant horse men people plane team train truck women""")
-SINGULAR = ("a", "an", "one", "another", "each", "every")
+PEOPLE = """activist actor artist athlete barber bartender batter bear bicyclist biker bishop boy
+    bride brother bull candidate cat catcher champion chef child clown coach conductor cook cop
+    couple cow cowboy crew crowd customer cyclist dad dancer daughter doctor dog driver duck
+    elephant engineer family fan farmer father firefighter fisherman friend giraffe girl goalkeeper
+    goat grandfather grandmother groom guy hiker horse hound husband king kitten lady leader
+    lifeguard lion man mayor mechanic minister model mom monk monkey mother musician nurse officer
+    owner passenger patient person photographer pilot pitcher player policeman pope president prince
+    princess protester puppy queen referee reporter rider sailor senator sheep shopper singer sister
+    skater skier soldier son student surfer surgeon swimmer teacher team technician tenant toddler
+    tourist trainer umpire vendor waiter waitress wife woman worker zebra""".split()
+MOVERS = "airplane bird boat bus children men people plane train truck women "
+MOVERS = with_plurals(MOVERS + " ".join(PEOPLE))
+OWNERS = ("kids", "boys", "girls", "ladies", "womens", "mens")
+SINGULAR = ("a", "an", "one", "another", "each", "every", "this")
 MANY = QUANTITY | {"few", "several", "many"}
 
 # A word or a sign, caption[start:end], and its tag. A noun phrase and its subject, the head noun
@@ -311,11 +376,17 @@ OPENERS = ARTICLES + HER  # starts a noun phrase and cannot go on one
 INSIDE = ARTICLES + ADJ + PARTICIPLE + NUM + GENITIVE  # stands in one, before its noun
 PREPS = PREP + LINK
 BETWEEN = START + JOINTS + PREPS  # stands before one
+AMID = INSIDE + DEGREE + COMPOUND + BETWEEN + NOUN
 PLACES = PREPS + UP + ADV
-FOLLOWS = PLACES + TO + SUB + JOINTS + MARK + OPENERS + NEARBY + PRON + THAT + BE  # follows a verb
+FOLLOWS = PLACES + TO + SUB + JOINTS + MARK + OPENERS + NEARBY + PRON + THAT  # follows a verb
 
-# What a test of a rule looks at: all words and tags; tags from index on are classes.
-Near = namedtuple("Near", "words tags index before word after left2 right2")
+# What a test of a rule looks at: all words and tags, those around a word; tags from index on are
+# classes.
+Near = namedtuple("Near", "words tags index before2 before word after after2 left2 left right2")
+
+
+def look(words, tags, i):
+    return Near(words, tags, i, *words[i - 2 : i + 3], tags[i - 2], tags[i - 1], tags[i + 2])
 
 
 def is_person(word):
@@ -325,11 +396,24 @@ def is_person(word):
 def after_one(at):
     """The noun before is one of its kind, so no plural follows it: a bird *perches* on."""
     near = "".join(at.tags[max(2, at.index - 8) : at.index])
-    phrase = re.search("[DC](?:[JZNSU]|[,K](?=[JK]))*$", near)
+    phrase = re.search("[DCP](?:[JZNSU]|[,K](?=[JK]))*$", near)
     before = at.words[at.index - len(phrase[0]) : at.index] if phrase else [""]
-    if before[0] == "the":
+    if before[0] in ("the", "his", "her", "its", "their"):
         return at.before in PEOPLE
     return before[0] in SINGULAR and at.word[-1] == "s" and not MANY.intersection(before)
+
+
+def feeds(at):
+    """A person, and what is no person: a keeper *feeds* giraffes, but a tennis player's hat."""
+    if at.tags[at.index + 1] != PLURAL:
+        return at.before in PEOPLE and after_one(at)
+    return is_person(at.before) and not is_person(at.word[:-1])
+
+
+def acts(at):
+    """Some who act as one, or one with a word that is mostly a verb: see a child *stand* on it."""
+    verb = LEXICON.get(at.word + "s") == RIDES and at.tags[at.index + 1] in PLACES
+    return at.before in ("family", "team", "crowd", "couple") or verb and at.before in PEOPLE
 
 
 def after_two(at):
@@ -339,12 +423,22 @@ def after_two(at):
     return several and LEXICON.get(at.word + "s") == RIDES and not re.search("[VGEB]", some)
 
 
+def in_clothes(at):
+    """The first verb: a man in a hat *waves* to, two men in full gear *climb* up."""
+    start = re.match("[DP]?[JZCNSU]*([NS])I[DPJZCNSUK]*$", "".join(at.tags[2:12][: at.index - 2]))
+    if not start or at.words[start.end(1) + 2] != "in":
+        return False
+    some = start[1] == PLURAL
+    return some == (at.tags[at.index] == RIDE) and is_person(at.words[start.end(1) + 1])
+
+
 def compounds(at):
     """A *cutting* board, but a *riding* man; between phrases only ING_ALWAYS: *parking* lots."""
-    left = at.tags[at.index - 1]
+    if at.left == NOUN and at.after[-1:] == "s" and at.word != "parking":
+        return False  # a man in a kitchen cutting vegetables
     if at.word in ING_ALWAYS:
-        return left not in JOINTS + START + NOUN or at.before not in MOVERS
-    placed = left in INSIDE + COMPOUND or at.before in PLACING
+        return at.left not in JOINTS + START + NOUN or at.before not in MOVERS
+    placed = at.left in INSIDE + COMPOUND or at.before in PLACING
     return placed and at.word not in ING_STATE and at.after not in MOVERS
 
 
@@ -358,55 +452,68 @@ def owns(at):
 RULES = (
     (ALL, ANY, RIDING + PARKED, PRON),  # people, *all* wearing hats
     (ALL, ANY, DET, ADV, lambda at: at.word == "both" and at.after in SINGULAR),
+    (ADV, DET + POSS, STARTS, ADJ),  # a *still* lake
     (ADJ, NOUNS, RIGHT, ADV, lambda at: at.word in LOCATIONS),  # zebra *bottom* left
     (ADJ, NOUN, ANY, NOUN, lambda at: at.word in LOCATIONS),  # a hill *top*
-    (ADJ, ARTICLES, PLACES + VERB, NOUN, lambda at: at.word[-1] == "y"),  # a *guppy* in
-    (ORANGE, ANY, JOINTS, ADJ, lambda at: at.right2 == ADJ),  # an *orange* and red bus
+    (ADJ, DET, RIDING, NOUN, lambda at: at.word in LOCATIONS),  # the *middle* holding a bat
+    (ADJ, DET + POSS, PLACES + VERB + MARK, NOUN, lambda at: at.word[-1] in "yl"),  # a *guppy* in
     (ORANGE, NOUN, ANY, NOUN),  # a street *light*
+    (ORANGE, ANY, JOINTS, ADJ, lambda at: at.right2 == ADJ),  # an *orange* and red bus
     (ORANGE, ANY, RIDING, ADJ, lambda at: at.word not in LEXICON and at.right2 in THINGS),
     (ORANGE, ANY, RIDES + RIDING + VERB, NOUN),  # an *orange* sits
+    (ORANGE, ANY, PARKED, NOUN, lambda at: at.right2 in PREP + UP and at.word != "half"),
     (ORANGE, ANY, RIGHT, NOUN, lambda at: at.right2 in LINK),  # a *square* left of
+    (ORANGE, ARTICLES, PLURAL + LIGHTS, NOUN, lambda at: at.right2 in OPENERS),  # *medic* checks a
     (ORANGE, ANY, NOUNISH, ADJ),  # an *orange* bus
+    (ORANGE, PLURAL, OPENERS, VERB),  # candles *light* a room
     (ORANGE, BE + DEGREE, ANY, ADJ),  # is *orange*
     (NOUN, ADJ, THINGS, ADJ, lambda at: at.word in FORMS),  # a long *sleeve* shirt
-    # *mountain* climbing
     (NOUN + ORANGE + RIDE, NOUNS + BE + VERB, RIDING, ADV, lambda at: at.after in ACTIVITIES),
+    (NOUN, COMMA + MARK, ADJ, ADJ, lambda at: not at.after2),  # a bowl, *dishwasher* safe
     (NOUN, PLURAL + INF, OPENERS, VERB),  # to *pedal* a bike
-    (NOUN, PLURAL, PLACES, VERB, lambda at: at.left2 in START + NUM),  # two men *grapple* on
-    (PLURAL + LIGHTS, NOUN + DEGREE, OPENERS, VERB),  # a boy *pedals* his bike
-    # a man stands and *bends* his knees
-    (PLURAL, CONJ, OPENERS, VERB, lambda at: VERB in at.tags[: at.index][-9:]),
-    (PLURAL + LIGHTS, PRON, ANY, VERB),  # as she *bends*
+    (NOUN, PLURAL, PLACES + TO + SUB, VERB, lambda at: at.left2 in START + NUM),  # men *nap* on
+    (PLURAL + LIGHTS, NOUN + PLURAL + DEGREE, OPENERS, VERB),  # a boy *pedals* his bike
+    (PLURAL, CONJ, OPENERS, VERB, lambda at: VERB in at.tags[: at.index][-9:]),  # and *bends* his
+    (PLURAL + LIGHTS, NOUN, NOUNS + ADJ, VERB, feeds),  # the keeper *feeds* giraffes
     (LIGHTS, NOUN, NOUNS + ADJ, VERB, after_one),  # a chef *slices* onions
     (PLURAL + LIGHTS, NOUN, FOLLOWS + RIDING, VERB, after_one),  # a bird *perches* on
+    (PLURAL + LIGHTS, PRON, ANY, VERB),  # as she *bends*
     (PLURAL, ANY, THINGS + ADJ + BACK, OWNER, owns),  # a *mans* hat
+    (PLURAL, START, NOUN + ADJ + COMPOUND, OWNER, lambda at: at.word in OWNERS),
     (RIDE, REL + PRON + AUX + INF, ANY, VERB),  # to *ride*
     (RIDE, JOINTS, ANY, VERB, lambda at: at.left2 == VERB),  # sit and *ride*
+    (RIDE, JOINTS, PRON + OPENERS, VERB),  # and *tilt* it
     (RIDE, PLURAL + BE, NEXT + FOLLOWS, VERB),  # people *ride* on
     (RIDE, NOUN, OPENERS + PRON, VERB, lambda at: is_person(at.before)),  # a man *beat* it
+    (RIDE, NOUN, FOLLOWS, VERB, acts),  # the family *wave* from
     (RIDE, NOUN + COMMA, OPENERS + PLACES, VERB, after_two),  # a man and a woman *ride* on
+    (RIDE + LIGHTS + PLURAL, NOUN, PLACES + OPENERS + NOUN, VERB, in_clothes),
     (PAINTING, PLURAL + BE + PRON + VERB, ANY, ING),  # people *painting*
     (PAINTING, NOUN, OPENERS, ING),  # a worker *painting* a wall
     (PAINTING, NOUN, ANY, ING, lambda at: at.before in MOVERS),  # a man *painting*
     # a *cutting* board; a *smiling* man; and *smiling* people, a glass of *running* water
-    (RIDING, INSIDE + COMPOUND + BETWEEN + NOUN, THINGS + PAINTING, COMPOUND, compounds),
+    (RIDING, AMID, THINGS + PAINTING + CAN, COMPOUND, compounds),
     (RIDING, INSIDE + DEGREE, NEXT + VERB, PARTICIPLE),
     (RIDING, BETWEEN + VERB + ING, NEXT + VERB, PARTICIPLE, lambda at: at.word in ING_STATE),
     (RIDING, PREPS, THINGS + PARKED + PAINTING, PARTICIPLE, lambda at: at.before in ("of", "with")),
-    (RIDING, ARTICLES, ANY, NOUN),  # the *landing*
-    (PARKED, INSIDE + BETWEEN + DEGREE + VERB + ING + NOUN, NEXT, PARTICIPLE),  # *parked* cars
+    (RIDING, START + ARTICLES + ADJ, LINK, NOUN, lambda at: at.word in QUANTITY or not at.before),
+    (CONJ, NOUN, NOUN + ORANGE, COMPOUND, lambda at: at.after2 in DISHES),  # ham *and* egg pie
+    (PARKED, ANY, THINGS, NOUN, lambda at: at.word == "led"),  # an *LED* lamp
+    (PARKED, AMID + VERB + ING, NEXT, PARTICIPLE),  # *parked* cars
     (PARKED, ARTICLES, UP + PREP, PARTICIPLE, lambda at: at.right2 in NOUNS + ADJ),
     (PREP + UP, PARTICIPLE, ANY, PARTICIPLE),  # a fenced *in* area
     (PARKED, ARTICLES, RIGHT, PARTICIPLE),  # a *broken* left wing
     (PARKED, ARTICLES, ANY, NOUN),  # a *set* of
     (PARKED, ADJ, VERB, NOUN),  # a small *dug* sits
+    (PARKED, NOUN, COMMA + MARK, NOUN, lambda at: at.word == "set"),  # a cookware *set*
     (PARKED, START, LINK, NOUN, lambda at: at.word in QUANTITY),  # *set* of
+    (DET, ANY, VERB + RIDES, PRON, lambda at: at.word in SINGULAR and at.after[-1] == "s"),
     (VERB, INSIDE, ANY, NOUN),  # a *stare* at
-    # in red *smiles*
-    (RIDES, ADJ, ANY, VERB, lambda at: at.words[at.index - 2] in ("in", "wearing", "wears")),
+    (RIDES, ADJ, ANY, VERB, lambda at: at.before2 in ("in", "wearing", "wears")),  # red *smiles*
     (RIDES, INSIDE + PREPS + START + COMPOUND, ANY, PLURAL),  # two *rides*
     (TO, ANY, VERB + BE, INF),  # *to* eat
     (TO, ANY, RIDE, INF, lambda at: at.before != "next"),  # *to* ride
+    (TO, ANY, NOUN, INF, lambda at: at.right2 in OPENERS + ADJ and at.before != "next"),
     (TO, ANY, PARKED, INF, lambda at: at.after in ("cut", "put", "set", "shut")),
     (BACK, ARTICLES + ADJ + GENITIVE + OWNER + PREPS + START, ANY, NOUN),  # the *back* of
     (NEARBY, ARTICLES + ADJ, ANY, ADJ),  # a *nearby* house
@@ -417,8 +524,10 @@ RULES = (
     (ONE, ANY, THINGS + ADJ + CAN, NUM),  # *one* dog
     (THAT, NOUNS + PRON + ADJ, ANY, REL),  # a dog *that* runs
     (THAT, ANY, THINGS + ADJ, DET),  # *that* dog
+    (CAN, PRON, ANY, AUX),  # you *can* see
     (CAN, NOUNS + PRON, VERB + RIDE + BE + ADV, AUX),  # a dog *can* swim
     (QUOTE, PLURAL, NOUNISH, GENITIVE),  # two dogs *'* heads
+    (GENITIVE_S, NOUNS, PREPS + JOINTS + MARK + THAT, PLURAL),  # two ski *'s* on
     (GENITIVE_S, NOUNS + PRON, RIDING, BE, lambda at: at.right2 not in THINGS),  # he *'s* running
     (GENITIVE_S, NOUNS + PRON, NOUNISH, GENITIVE),  # a dog *'s* head
 )
@@ -437,15 +546,16 @@ def decide(words, classes):
     words = ["", "", *words, "", ""]
     tags = [START, START, *classes, MARK, MARK]
     for i in range(2, len(words) - 2):
-        before, word, after = words[i - 1 : i + 2]
+        word, after = words[i], words[i + 1]
         if after in ("next", "close") and words[i + 2] == "to":
             tags[i + 1] = ADV
+        if word == words[i + 2] and after in ("by", "in", "to"):
+            tags[i] = tags[i + 2] = ADV  # hand in hand
         if f"{word}-{after}" in FIXED:
-            tags[i : i + 2] = NOUN, PLURAL if after[-1] == "s" else NOUN
+            tags[i : i + 2] = NOUN, PLURAL if after[-1] == "s" != after[-2] else NOUN
         for left, right, tag, test in RULES_OF.get(tags[i], ()):
             if tags[i - 1] in left and tags[i + 1] in right:
-                near = test and Near(words, tags, i, before, word, after, tags[i - 2], tags[i + 2])
-                if test is None or test(near):
+                if test is None or test(look(words, tags, i)):
                     tags[i] = tag
                     break
         else:
@@ -474,20 +584,29 @@ def noun_phrases(tags):
     return [(match.start(), match.end() - 1) for match in NOUN_PHRASE.finditer(code)]
 
 
+@lru_cache(maxsize=1 << 16)
+def is_abstract(word):
+    """A day, a party, happiness."""
+    return word in NOT_THINGS or bool(ABSTRACT.match(word)) and word not in CONCRETE
+
+
 def is_thing(words, tags, first, last, subject):
     """Whether one can point at what the noun phrase words[first : last + 1] names."""
     word, before, after = words[last], words[first - 1], words[last + 1]
-    taken = before in TAKING
     shown = after in ("on", "hanging", "hung", "above") and before != "for"
     if word in PICTURES and not shown:
         return word == "view" and subject < last and after != "of"  # a lake view
-    abstract = word in NOT_THINGS or ABSTRACT.match(word) and word not in CONCRETE
-    if tags[last] == PRON or abstract or taken and (word in ACTS or word in PICTURES):
+    if tags[last] == PRON or is_abstract(word):
+        return False
+    if (word in ACTS or word in PICTURES) and TAKING.match(before):
         return False
     if before in ("says", "saying") and tags[first] != DET:
         return False  # a sign saying stop
-    if word == "corner" and after == "of" or word in ARRAYS and before == "in":
-        return False  # at the corner of, in a row
+    if tags[first] == NUM and before in (",", "-") and not after and word in QUANTITY:
+        return False  # , 2 pack
+    row = word in ARRAYS and before == "in" and tags[first] != NUM
+    if row or after == "of" and word in ("corner", "form", "shape"):
+        return False  # in a row, at the corner of
     if word in LOCATIONS and subject == last:
         return not {POSS, GENITIVE, OWNER}.isdisjoint(tags[first:last])
     bare = word in BARE and LEXICON.get(before) in (PREP, LINK)
@@ -505,7 +624,8 @@ def read_phrases(caption, spans, words, tags):
         if subject > first and tags[subject - 1] == CONJ:
             subject = last  # a white and stainless steel fridge
         start, quantity = first if quantity is None else quantity, None
-        more = words[last + 1] == "of" or words[last + 1 : last + 4] == ["and", words[last], "of"]
+        more = words[last + 1] == "of" or words[last : last + 2] in (["half", "a"], ["half", "an"])
+        more = more or words[last + 1 : last + 4] == ["and", words[last], "of"]
         if more and (words[last] in QUANTITY or words[last] == "body"):
             quantity = start
         elif is_thing(words, tags, first, last, subject):
@@ -514,6 +634,25 @@ def read_phrases(caption, spans, words, tags):
             spoken = caption[start:end], (start, end), caption[subject:end], (subject, end)
             phrases.append(Phrase(*spoken))
     return phrases
+
+
+ARTICLE = re.compile(r"\b(?:an?|the|is|are)\b", re.I)
+
+
+def is_title(caption, spans):
+    """Most words begin with a capital, and there is no article, as in a product's title."""
+    if caption[1:].islower():
+        return False
+    capitals = sum(caption[start].isupper() for start, _ in spans)
+    return 2 * capitals > len(spans) and not (caption.isupper() or ARTICLE.search(caption))
+
+
+def classify_in_title(word):
+    """No verbs there: Cat Scratching Post, Throw Pillow, Knife Set with Block."""
+    found = classify(word)
+    if found == RIDING and word not in ING_STATE:
+        return COMPOUND
+    return NOUN if found == VERB or word == "set" else found
 
 
 def parse(caption):
@@ -526,7 +665,8 @@ def parse(caption):
     words = [plain[start:end].lower() for start, end in spans]
     if plain is not caption:
         words = [re.sub("[\u200b\u2063]", "", word) for word in words]
-    tags = decide(words, [classify(word) for word in words])
+    sort = classify_in_title if is_title(caption, spans) else classify
+    tags = decide(words, [*map(sort, words)])
     tokens = [Token(caption[a:b], a, b, tag) for (a, b), tag in zip(spans, tags)]
     return Parse(caption, tokens, read_phrases(caption, spans, words, tags))
 
@@ -559,17 +699,18 @@ def subject_texts(parsed):
 
 # Universal Dependencies: parts of speech with their tags; relations inside a noun phrase, where
 # nouns are "compound"; relations of words that wait for a head to their right.
-EXPLETIVE = "X"  # *there* is a dog: a tag that only a tree asks for
-UPOS = dict(ADJ=ADJ, ADP=PREPS, ADV=ADV + DEGREE, AUX=BE + AUX, CCONJ=CONJ, DET=DET, NUM=NUM)
-UPOS |= dict(NOUN=COMPOUNDS + OWNER, PRON=POSS + PRON + REL + EXPLETIVE, SCONJ=SUB)
+# Tags that only a tree asks for: *there* is a dog, *both* a cat and a dog, *ice* skating.
+EXPLETIVE, BOTH, ICE = "XFa"
+UPOS = dict(ADJ=ADJ, ADP=PREPS, ADV=ADV + DEGREE, AUX=BE + AUX, CCONJ=CONJ + BOTH, DET=DET, NUM=NUM)
+UPOS |= dict(NOUN=COMPOUNDS + OWNER + ICE, PRON=POSS + PRON + REL + EXPLETIVE, SCONJ=SUB)
 UPOS |= dict(PART=INF + GENITIVE, PUNCT=COMMA + MARK, VERB=VERB + ING + PAST + PARTICIPLE)
 INNER = {DET: "det", POSS: "nmod:poss", OWNER: "nmod:poss", ADJ: "amod", PARTICIPLE: "amod"}
 INNER |= {DEGREE: "advmod", NUM: "nummod"}
 WAITS = {ADV: "advmod", DEGREE: "advmod", PREP: "case", LINK: "case", GENITIVE: "case", CONJ: "cc"}
 WAITS |= {INF: "mark", SUB: "mark", BE: "aux", AUX: "aux", EXPLETIVE: "expl"}
-WAITS |= {COMMA: "punct", MARK: "punct"}
+WAITS |= {COMMA: "punct", MARK: "punct", BOTH: "cc:preconj", ICE: "compound"}
 HAVE = ("has", "have", "having")
-NOMINAL, PLACE, EXISTS = "n", "a", "b"  # a noun phrase; next *to*; there *is*
+NOMINAL, PLACE, EXISTS = "n", "c", "b"  # a noun phrase; next *to*; there *is*
 NONE, WAITING = -1, -2  # no word; the head of a word that has none yet
 # "picks up a box": up belongs to picks; "tries to", "starts": what follows completes it; "gives a
 # boy a ball"; "cuts it with a knife": the knife belongs to cuts.
@@ -601,6 +742,12 @@ def refine(words, tags):
             tags[i] = EXPLETIVE
         elif word == "about" and after == "to":
             tags[i] = ADJ
+        elif word == "both" and tags[i] == ADV:
+            tags[i] = BOTH
+        elif tags[i] == ADV and after in ACTIVITIES:
+            tags[i] = ICE
+        elif word in ("no", "and"):
+            tags[i] = LEXICON["the" if word == "no" else "and"]
         elif word in ("after", "before") and after in ("he", "she", "they", "we"):
             tags[i] = SUB
         elif tags[i] == PREP and tags[i - 1] in VERB + ING + PAST:
@@ -615,8 +762,8 @@ class Grower:
     takes it. The attributes are indices of words: the latest of each kind.
     """
 
-    def __init__(self, words, tags):
-        self.words, self.tags, self.ends = words, tags, dict(noun_phrases(tags))
+    def __init__(self, words, tags, spans):
+        self.words, self.tags, self.ends = words, tags, dict(spans)
         self.heads, self.labels = [WAITING] * len(words), [""] * len(words)
         self.root = self.noun = self.verb = self.first_verb = NONE
         self.joined = self.joint = NONE  # a noun phrase joined to another, and its conjunction
@@ -642,6 +789,8 @@ class Grower:
                 self.hang(i, i - 1, "case")
                 self.hang(i - 1, owner, "nmod:poss")
                 owner = i - 1
+            elif tag == PARTICIPLE and classify(self.words[i]) in PREP + UP:
+                self.hang(i, i - 1, "compound:prt")  # a fenced in area
             elif tag == MARK:  # a "stop" sign
                 closes = MARK in self.tags[first:i]
                 self.hang(i, i - 1 if closes else i + 1, "punct")
@@ -653,11 +802,12 @@ class Grower:
                     for member in joined:
                         self.hang(member, chain, "conj")
             elif not self.labels[i]:
+                inner = tag == DET and i > first or tag == NOUN and CONJ in self.tags[first:i][-1:]
                 story = tag == NUM and "".join(self.tags[i + 1 : last + 1]) == NOUN * 2
-                near = tag == DEGREE or tag == NOUN and after == PARTICIPLE
+                near = tag == DEGREE or inner or tag == NOUN and after == PARTICIPLE
                 near = near or story and self.words[i] != "one"  # a three story house
                 self.hang(i, i + 1 if near else owner, INNER.get(tag, "compound"))
-            if tag in (ADJ, PARTICIPLE):
+            if tag in (ADJ, PARTICIPLE) or tag == NOUN and i == last - 1:
                 adjective = i
 
     def grow(self):
@@ -770,12 +920,8 @@ class Grower:
         finite = not free or kind in (VERB, EXISTS)
         for word in self.cases + self.waiting:
             self.heads[word] = index
-            if word in self.cases and free and kind in VERB + ING:
-                self.labels[word] = "mark"  # for cutting
         if copula and kind not in VERB + ING:
             self.labels[self.auxiliary] = "aux:pass" if kind == PAST else "cop"
-        if self.relative >= 0 and self.tags[self.relative] != REL and not finite:
-            self.relative = self.subject = NONE
         nsubj = "nsubj:pass" if kind == PAST and not free else "nsubj"
         if self.relative >= 0:  # a man who rides; a horse that a man rides
             head, label = self.heads[self.relative], "acl:relcl"
@@ -803,8 +949,7 @@ class Grower:
         """While grazing; seems that it rains; ready to go; a man to watch."""
         noun, verb = self.noun, self.verb
         if self.tags[self.mark] == INF and self.subject < 0:
-            has = verb >= 0 and (self.words[verb] in HAVE or self.tags[verb] == BE)
-            if verb < 0 or noun > verb and has:
+            if verb < 0:
                 return noun, "acl"
             completes = verb > noun and COMPLETED.match(self.words[verb])
             return verb, "xcomp" if completes else "advcl"
@@ -860,8 +1005,9 @@ class Grower:
 def tree(parsed):
     """The `Node`s of a `Parse`, one a token, in order; exactly one is the root. Linear."""
     words = [token.text.lower() for token in parsed.tokens]
-    tags = refine(words, [token.tag for token in parsed.tokens])
-    grower = Grower(words, tags)
+    given = [token.tag for token in parsed.tokens]
+    tags = refine(words, given)
+    grower = Grower(words, tags, noun_phrases(given))
     if words:
         grower.grow()
     upos = {tag: name for name, tags in UPOS.items() for tag in tags}
@@ -898,32 +1044,6 @@ def show(parsed):
         lines.append(f"{i:>4} {node.text:<16} {node.tag:<6} {node.label:<11} <- {heads[node.head]}")
     lines += [f"  phrase     {p.text}  (subject: {p.subject})" for p in parsed.phrases]
     lines += [f"  composite  {compose(a, b)}" for a, b in composites(parsed.phrases)]
-    return "\n".join(lines) + "\n"
-
-
-def draw(parsed):
-    """The tree in text, a line a word: what stands before its head is drawn above it."""
-    nodes, lines = tree(parsed), [parsed.caption]
-    children = [[] for _ in nodes] + [[]]
-    for i, node in enumerate(nodes):
-        children[node.head].append(i)  # the root's head is -1, the last of these
-    # a word (NONE: only its line is left to write) and the branches above, at and below its line
-    stack = [(i, "", "", "") for i in children[-1]]
-    while stack:
-        i, above, line, below = stack.pop()
-        if i == NONE:
-            lines.append(line)
-            continue
-        left = [child for child in children[i] if child < i]
-        right = [child for child in children[i] if child > i]
-        rows = [(child, above + "│  ", above + "├─ ", above + "│  ") for child in left]
-        if left:
-            rows[0] = (left[0], above + "   ", above + "┌─ ", above + "│  ")
-        rows.append((NONE, "", f"{line + nodes[i].text:<34} {nodes[i].tag:<6}{nodes[i].label}", ""))
-        rows += [(child, below + "│  ", below + "├─ ", below + "│  ") for child in right]
-        if right:
-            rows[-1] = (right[-1], below + "│  ", below + "└─ ", below + "   ")
-        stack += reversed(rows)
     return "\n".join(lines) + "\n"
 
 
@@ -1055,7 +1175,6 @@ def command_line():
     add("captions", nargs="*", metavar="CAPTION", help="a caption to parse")
     add("--file", help="parse each line of FILE, COCO's .json or .jsonl records; -: standard input")
     add("--json", action="store_true", help="print one JSON object a caption instead of text")
-    add("--draw", action="store_true", help="draw the trees in text")
     add("--score", metavar="GOLD", help="rate the rules, or --parses, on gold captions")
     add("--parses", metavar="FILE", help="with --score: rate these parses (.jsonl)")
     return parser.parse_args()
@@ -1078,7 +1197,7 @@ def run(options):
         if options.json:
             print(json.dumps(to_json(parsed), ensure_ascii=False))
         else:
-            print(draw(parsed) if options.draw else show(parsed))
+            print(show(parsed))
 
 
 def main():
