@@ -79,7 +79,7 @@ class Options:
     parses: str = option("", "parses to train on in place of parse.py's (see tests/paper/llm.py)")
     base: str = option("albef", "the model: albef, or blip (causal LM in place of MLM)")
     levels: str = option("caption,phrase,subject,composition", "levels that HIST trains with")
-    vit_steps: int = option(300, "steps in which the scenes' ViT learns to name single shapes")
+    vit_steps: int = option(300, "--data scenes: steps in which the ViT learns to name shapes")
     base_steps: int = option(400, "steps with captions alone, from which every training goes on")
     steps: int = option(500, "optimiser steps of each training; 0: ten epochs")
     batch_size: int = option(64, "images a step, over all GPUs")
@@ -160,7 +160,7 @@ class Tokenizer:
     pad_id, cls_id, mask_id, unk_id = range(4)
 
     def __init__(self, words):
-        """words: all in the order of their ids, the special ones first; or, if "##ing", BERT's."""
+        """words: in the order of ids, SPECIAL first; or BERT's, known by pieces like "##ing"."""
         self.words = list(words)
         self.ids = {word: i for i, word in enumerate(self.words)}
         self.split, self.end = split_words, []  # what cuts a text into words, and what ends it
@@ -222,8 +222,9 @@ class Tokenizer:
 MAX_KEYS = 128  # texts of a level that an image is known for; the same for all, to be gathered
 NO_TEXT, NO_KEY = -1, -2  # keys that equal nothing
 
-# A level's texts in a caption's parse, as many as it has phrases, or one; and whether MLM (BLIP:
-# LM) is learnt too. A subject is one word, with no context to guess it from.
+# texts(parse): a level's texts, one for each phrase, or one in all. language: whether MLM (BLIP:
+# LM) is learnt too; not of a subject, one word with no context to guess it from. A new level is a
+# line here, and a name in --levels.
 Level = namedtuple("Level", "texts language")
 LEVELS = {
     "caption": Level(parse.caption_texts, language=True),
@@ -538,7 +539,7 @@ def grad_cam(A, score, mask, grid, prefix=1, create_graph=False):
 @torch.enable_grad()  # a map is a gradient, whoever asks for it
 def locate(model, ids, image_kv, cam_layer, create_graph=False):
     """Maps (n, height, width) of texts (n, L) over n images, and probabilities (n,) of a match. In
-    the last fusion layer [CLS] alone reaches the match head: the other rows of A count nothing."""
+    the last, or only, fusion layer [CLS] alone reaches the match head: other rows of A add 0."""
     T, mask, _ = model.encode_text(ids)
     logits, attentions = model.match(T, mask, image_kv)
     A = attentions[cam_layer]
@@ -554,7 +555,7 @@ def find_positives(image_keys, text_keys):
 
 
 def itc_loss(image_features, text_features, positives, exists, temperature):
-    """Image-text contrast with several positives, both ways (ALBEF, equation 1, with the targets
+    """Image-text contrast with several positives, both ways (ALBEF, equations 1, 2, the targets
     of arXiv 2004.11362, L_out): mean cross-entropy to the uniform distribution over positives.
     image_features (B, d), text_features (n, d), normalised; positives (B, n) bool; exists (n,)
     bool, whether there is such a text. An image, or a text, without a positive is a negative only.
@@ -598,7 +599,7 @@ def composition_loss(part1, part2, whole, weight, eps=1e-12):
     """The map of "p1 and p2" is to be the sum of the maps of p1 and p2 (HIST's composition loss):
     || n(M12) - n(n(M1) + n(M2)) ||_1 with n(M) = M / sum M.
     part1, part2, whole: Grad-CAM maps (n, height, width) >= 0; weight (n,): how far to trust each
-    pair. The parts are detached: the composite learns from them, not they from it, or all vanish.
+    pair. The parts are detached: they are the target, and a teacher's (see composition_losses).
     """
 
     def normalise(M):
@@ -615,14 +616,14 @@ def level_losses(model, image_features, image_kv, text, language, hardness):
     exists = text["exists"]
     temperature = model.log_temperature.exp().clamp(0.01, 1)
 
-    # Contrast, over the images and texts of all processes; in float32, as 1 / 0.07 asks for.
+    # Contrast, over the images and texts of all processes; in float32: 1 / temperature is large.
     with torch.autocast(exists.device.type, enabled=False):
         positives = find_positives(gather(text["image_keys"]), gather(text["text_keys"]))
         features = gather(image_features), gather(text_features)
         losses = {"itc": itc_loss(*features, positives, gather(exists), temperature)}
         similarity = (image_features @ text_features.T / temperature).detach()
 
-    # Matching: each text with its image, with a wrong image, and each image with a wrong text.
+    # Matching, within this process: text and image, text and wrong image, image and wrong text.
     allowed = ~find_positives(text["image_keys"], text["text_keys"]) & exists
     wrong_image, found_image = draw_negatives(similarity.T, allowed.T, hardness)
     wrong_text, found_text = draw_negatives(similarity, allowed, hardness)
@@ -731,7 +732,7 @@ def loss_weights(levels, composition):
 
 def train_step(model, teacher, batches, optimizer, options, levels, hardness, composition):
     """One step: {loss, figure or "gradient", its norm: value}. Where the gradient is not finite no
-    weight changes. composition: that loss's weight, lambda; a level without weight is not used."""
+    weight changes. composition: that loss's weight, lambda by its ramp; at 0 it is left out."""
     values, weights = Counter(), loss_weights(levels, composition)
     levels = [level for level in levels if weights.get(level, 1) > 0]
     optimizer.zero_grad()
@@ -751,7 +752,7 @@ def train_step(model, teacher, batches, optimizer, options, levels, hardness, co
 
 def train(name, levels, samples, options, steps):
     """Train one model with these levels, and return it and the seconds that took.
-    "base" begins from scratch. With --base-steps all others go on from its weights, with the images
+    "base", with --base-steps, comes first; all others go on from its weights, with the images
     after its own: they start alike and see the same images and captions in the same order. Writes
     OUT/name.pt and a line a step into OUT/metrics.jsonl."""
     path = Path(options.out) / f"{name}.pt"
