@@ -239,7 +239,7 @@ def test_composition_of_a_model_is_its_formula():
     """Against Grad-CAM and softmax called one by one, here, of another teacher than the model."""
     o = options()
     tokenizer, batch = batch_of(o)
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # of a model of which no map vanishes
     model, teacher = hist.ALBEF(o, tokenizer).eval(), hist.ALBEF(o, tokenizer).eval()
     V, pair, found = model.encode_image(batch["image"])[1], batch["pair"], {}
     for name, of in (("part1", teacher), ("part2", teacher), ("whole", model)):
@@ -247,6 +247,7 @@ def test_composition_of_a_model_is_its_formula():
         logits, attentions = of.match(T, mask, of.project_image(V))
         A = attentions[1]
         cam = hist.grad_cam(A, logits[:, 1], mask, model.grid, 0)
+        assert (cam.sum((1, 2)) > 0).all()
         found[name] = cam / cam.sum((1, 2), keepdim=True), logits.softmax(-1)[:, 1]
     target = (found["part1"][0] + found["part2"][0]) / 2
     distance = (found["whole"][0] - target).abs().sum((1, 2))
