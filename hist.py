@@ -736,8 +736,10 @@ def train_step(model, teacher, batches, optimizer, options, levels, hardness, co
     values, weights = Counter(), loss_weights(levels, composition)
     levels = [level for level in levels if weights.get(level, 1) > 0]
     optimizer.zero_grad()
-    for _ in range(options.accumulate):
+    for part in range(options.accumulate):
         batch = to_device(next(batches), options.device)
+        if WORLD > 1:  # gradients are averaged over the processes once a step
+            model.require_backward_grad_sync = part == options.accumulate - 1
         with torch.autocast(options.device, torch.bfloat16, enabled=options.device == "cuda"):
             losses, figures = model(batch, levels, hardness, options.cam_layer, teacher)
         loss = sum(weights.get(name, 1) * value for name, value in losses.items())
@@ -778,11 +780,12 @@ def train(name, levels, samples, options, steps):
                 group["lr"] = learning_rate(step, steps, peak)
             # Seeded anew, a resumed run draws the same negatives.
             torch.manual_seed((options.seed << 32) + (base_steps + step) * WORLD + RANK)
-            how = options, levels, hardness, composition
-            values = train_step(wrapped, teacher, batches, optimizer, *how)
-            bad = f"step {step + 1} of {name} is not finite: {dict(values)}; the last checkpoint is"
-            finite = all(map(math.isfinite, values.values()))
-            insist(finite, f"{bad} kept, --resume with a lower --lr may go on from it")
+            values = train_step(
+                wrapped, teacher, batches, optimizer, options, levels, hardness, composition
+            )
+            wrong = f"step {step + 1} of {name} is not finite: {dict(values)}"
+            mend = "the last checkpoint is kept, --resume with a lower --lr may go on from it"
+            insist(all(map(math.isfinite, values.values())), f"{wrong}; {mend}")
             row = {"run": name, "step": step + 1} | {k: round(v, 5) for k, v in values.items()}
             metrics.write(json.dumps(row) + "\n")
             bar.set_postfix_str(", ".join(f"{k} {v:.2f}" for k, v in values.items()), False)
@@ -1112,31 +1115,43 @@ def corners(count, *radii):
     return np.resize(radii, count)[:, None] * np.stack([np.sin(angle), -np.cos(angle)], 1)
 
 
-OUTLINES = {  # x y x y … in hundredths, of a square from -50 to 50
+def polygon(numbers):
+    """Points (n, 2) from "x y x y …" in hundredths."""
+    return np.array(numbers.split(), dtype=float).reshape(-1, 2) / 100
+
+
+def mirrored(right):
+    """A polygon (2 n, 2) from its right half (n, 2), which goes from top to bottom."""
+    return np.concatenate([right, right[::-1] * (-1, 1)])
+
+
+HALVES = {  # the right half of what its mirror image completes
+    "square": "42 -42 42 42",
+    "heart": "0 -20 16 -38 34 -38 46 -18 42 0 0 42",
+    "cross": "15 -46 15 -15 46 -15 46 15 15 15 15 46",
+    "arrow": "0 -50 44 -4 16 -4 16 48",
+    "house": "0 -48 48 -5 34 -5 34 46",
+    "tree": "0 -50 42 18 9 18 9 48",
+    "bar": "48 -14 48 14",
+    "hourglass": "42 -46 5 0 42 46",
+    "crown": "0 -40 18 0 46 -34 38 40",
+    "mushroom": "12 -44 38 -30 48 2 14 2 14 46",
+    "cup": "46 -40 30 10 7 22 7 36 30 46",
+    "bell": "8 -48 24 -34 30 14 48 36 12 36 10 48",
+    "comb": "46 -40 46 40 28 40 28 -10 9 -10 9 40",
+}
+OUTLINES = {
     "boat": "-6 -50 32 6 2 6 2 14 48 14 30 44 -30 44 -48 14 -6 14",
     "bolt": "10 -50 -34 8 -4 8 -12 50 34 -10 4 -10",
     "flag": "-40 -48 46 -25 -26 -2 -26 48 -40 48",
     "fish": "-48 -30 -20 -8 8 -32 48 0 8 32 -20 8 -48 30",
     "stairs": "-46 46 -46 -46 -15 -46 -15 -15 15 -15 15 15 46 15 46 46",
-    "square": "42 -42 42 42 -42 42 -42 -42",
-    "heart": "0 -20 16 -38 34 -38 46 -18 42 0 0 42 0 42 -42 0 -46 -18 -34 -38 -16 -38 0 -20",
-    "cross": "15 -46 15 -15 46 -15 46 15 15 15 15 46 -15 46 -15 15 -46 15 -46 -15 -15 -15 -15 -46",
-    "arrow": "0 -50 44 -4 16 -4 16 48 -16 48 -16 -4 -44 -4 0 -50",
-    "house": "0 -48 48 -5 34 -5 34 46 -34 46 -34 -5 -48 -5 0 -48",
-    "tree": "0 -50 42 18 9 18 9 48 -9 48 -9 18 -42 18 0 -50",
-    "bar": "48 -14 48 14 -48 14 -48 -14",
-    "hourglass": "42 -46 5 0 42 46 -42 46 -5 0 -42 -46",
-    "crown": "0 -40 18 0 46 -34 38 40 -38 40 -46 -34 -18 0 0 -40",
-    "mushroom": "12 -44 38 -30 48 2 14 2 14 46 -14 46 -14 2 -48 2 -38 -30 -12 -44",
-    "cup": "46 -40 30 10 7 22 7 36 30 46 -30 46 -7 36 -7 22 -30 10 -46 -40",
-    "bell": "8 -48 24 -34 30 14 48 36 12 36 10 48 -10 48 -12 36 -48 36 -30 14 -24 -34 -8 -48",
-    "comb": "46 -40 46 40 28 40 28 -10 9 -10 9 40 -9 40 -9 -10 -28 -10 -28 40 -46 40 -46 -40",
 }
 ROUND = {"circle": (40, 0.46), "ring": (40, 0.46), "moon": (40, 0.46), "triangle": (3, 0.5)}
 ROUND |= {"star": (10, 0.5, 0.2), "diamond": (4, 0.48, 0.3)}
 SHAPES = {name: corners(*form) for name, form in ROUND.items()}  # in a square from -0.5 to 0.5
-for name, numbers in OUTLINES.items():
-    SHAPES[name] = np.array(numbers.split(), dtype=float).reshape(-1, 2) / 100
+SHAPES |= {name: polygon(numbers) for name, numbers in OUTLINES.items()}
+SHAPES |= {name: mirrored(polygon(numbers)) for name, numbers in HALVES.items()}
 HOLES = {"ring": (0.27, 0.27, 0.73, 0.73), "moon": (0.3, -0.05, 1, 0.65)}  # ellipses, x0 y0 x1 y1
 KINDS = list(itertools.product(COLOURS, SHAPES))
 UNSEEN = set(KINDS[::5])  # in held-out scenes only

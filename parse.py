@@ -45,22 +45,21 @@ UP, NEARBY, BACK, RIGHT, HAS, CAN, ALL, ONE, THAT, HER, TO, GENITIVE_S, QUOTE = 
 # where ENDINGS err and it matters. Of verbs: the class of the word and of its form in -s.
 VERBS = {
     (VERB, VERB): """accept add adjust admire allow announce appear applaud apply approach arrange
-    arrive assemble assist attempt attend avoid bake bathe become beg believe billow blame bounce
-    bring build buy carry carve celebrate chat chew choose chop clash collapse collect come compare
-    compete confirm connect consist contain continue crawl create crouch decorate deliver
-    demonstrate depict describe destroy dig dine discuss dodge dominate don doze drape dribble drift
-    eat embrace engage engulf enjoy ensure enter entertain evacuate examine expect explain explore
-    extend fail fill find fix flow follow gain gallop gather gaze gesture get give glide go grab
-    grapple graze grow guide hang happen hear herd hike hold hover huddle ignite ignore include
-    indicate insert inspect install interact investigate invite jog join juggle jut keep kneel knit
-    know laugh launch lay lean learn let lick lie listen lose love make maneuver march mean melt
-    mention merge mingle munch nap navigate nod observe occupy occur operate overlook pass pay peck
-    peek peer perch perform plunge poke portray pour prepare produce protrude prove provide put
-    raise react read receive recover reflect relax remain remove require resemble respond retrieve
-    reveal roam rotate say scatter scramble scrub see seek seem sell send sew shave shear sing sip
-    sit snap sniff snuggle soar socialize speak spend spin splash sprint squeeze stare stay steal
-    steer stir submit suck surround survive sway swim take teach tell tend think throw tilt try
-    unload unveil wade wander want wear weave welcome wrestle write yawn""",
+    arrive assemble assist attempt attend avoid bake bathe become beg believe billow blame bring
+    build buy carry carve celebrate chew choose chop clash collapse collect come compare compete
+    confirm connect consist contain continue crawl create crouch decorate deliver demonstrate depict
+    describe destroy dig dine discuss dodge dominate don doze drape dribble drift eat embrace engage
+    engulf enjoy ensure enter entertain evacuate examine expect explain explore extend fail fill
+    find fix flow follow gallop gather gaze gesture get give glide go grab grapple graze grow guide
+    hang happen hear herd hike hold hover huddle ignite ignore include indicate insert inspect
+    install interact investigate invite jog join juggle jut keep kneel knit know laugh launch lay
+    lean learn let lick lie listen lose love make maneuver march mean melt mention merge mingle
+    munch navigate nod observe occupy occur operate overlook pass pay peck peer perch perform plunge
+    portray pour prepare produce protrude prove provide put raise react read receive recover reflect
+    relax remain remove require resemble respond retrieve reveal roam rotate say scatter scramble
+    scrub see seek seem sell send sew shave shear sing sip sit snuggle soar socialize speak spend
+    splash sprint squeeze stay steal steer stir submit suck surround survive sway swim take teach
+    tell tend think throw try unload unveil wade wander want wear weave wrestle write""",
     (RIDE, RIDES): """attack balance bark battle beat bend bite blow bounce brace brush bump capture
     cast catch change chase chat cheer claim clap climb combine cook crash cross cut dance display
     dive drag draw drive escape exhibit exit face fall feature feed fight finish flip float fly gain
@@ -299,8 +298,9 @@ PEOPLE = """activist actor artist athlete barber bartender batter bear bicyclist
     princess protester puppy queen referee reporter rider sailor senator sheep shopper singer sister
     skater skier soldier son student surfer surgeon swimmer teacher team technician tenant toddler
     tourist trainer umpire vendor waiter waitress wife woman worker zebra""".split()
-MOVERS = "airplane bird boat bus children men people plane train truck women "
-MOVERS = with_plurals(MOVERS + " ".join(PEOPLE))
+MOVERS = with_plurals(
+    "airplane bird boat bus children men people plane train truck women " + " ".join(PEOPLE)
+)
 OWNERS = ("kids", "boys", "girls", "ladies", "womens", "mens")
 SINGULAR = ("a", "an", "one", "another", "each", "every", "this")
 MANY = QUANTITY | {"few", "several", "many"}
