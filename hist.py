@@ -112,8 +112,9 @@ ON_GPU = dict(vit="vit_small_patch16_224", image_size=224, width=384, text_layer
 ON_CPU = dict(vit="vit_tiny_patch16_224", image_size=160, width=192, text_layers=2)
 
 
-def presets(data, base):
-    """Defaults for data other than the scenes, and for BLIP, whose text layers all fuse."""
+def presets(data, base, typed=()):
+    """Defaults for data other than the scenes, and for BLIP, whose text layers all fuse; what was
+    typed ({option: value}) goes before."""
     preset = {"text_layers": 2, "fusion_layers": 1, "out": f"out/{Path(data).stem}"}
     if data != "scenes":
         preset |= PHOTOGRAPHS | (ON_GPU if torch.cuda.is_available() else ON_CPU)
@@ -121,8 +122,8 @@ def presets(data, base):
     if base == "blip":
         preset["fusion_layers"] += preset["text_layers"]
         preset |= {"text_layers": 0, "out": preset["out"] + "-blip"}
-    preset["cam_layer"] = (preset["fusion_layers"] - 1) // 2  # as ALBEF: the third of six
-    return preset
+    preset |= typed
+    return {"cam_layer": (preset["fusion_layers"] - 1) // 2} | preset  # as ALBEF: the third of six
 
 
 # ---------------------------------------------------------------------------------- tokenizer
@@ -134,18 +135,6 @@ LONGEST_WORD = 100  # letters: BERT does not look for pieces of a longer one
 def split_words(text):
     """The parser's own tokens in lower case: a phrase has the same words as its caption."""
     return [text[start:end].lower() for start, end in parse.tokenize(text)]
-
-
-def bert_words(text):
-    """BERT's: lower case, no accents; signs and Chinese characters are words of their own."""
-    spaced = ""
-    for c in unicodedata.normalize("NFD", text.lower()):
-        kind = unicodedata.category(c)  # P: punctuation, S: symbols, Mn: accents, Cc, Cf: control
-        if kind[0] == "P" or kind[0] == "S" and c.isascii() or "\u3400" <= c <= "\u9fff":
-            spaced += f" {c} "
-        elif c.isspace() or kind not in ("Mn", "Cc", "Cf"):
-            spaced += c
-    return spaced.split()
 
 
 def pad(rows, value=0):
@@ -558,8 +547,7 @@ def itc_loss(image_features, text_features, positives, exists, temperature):
     """Image-text contrast with several positives, both ways (ALBEF, equations 1, 2, the targets
     of arXiv 2004.11362, L_out): mean cross-entropy to the uniform distribution over positives.
     image_features (B, d), text_features (n, d), normalised; positives (B, n) bool; exists (n,)
-    bool, whether there is such a text. An image, or a text, without a positive is a negative only.
-    """
+    bool, whether the text does. An image, or a text, without a positive is a negative only."""
     logits = (image_features @ text_features.T / temperature).masked_fill(~exists, -1e4)
 
     def one_way(logits, positives):
@@ -599,8 +587,7 @@ def composition_loss(part1, part2, whole, weight, eps=1e-12):
     """The map of "p1 and p2" is to be the sum of the maps of p1 and p2 (HIST's composition loss):
     || n(M12) - n(n(M1) + n(M2)) ||_1 with n(M) = M / sum M.
     part1, part2, whole: Grad-CAM maps (n, height, width) >= 0; weight (n,): how far to trust each
-    pair. The parts are detached: they are the target, and a teacher's (see composition_losses).
-    """
+    pair. The parts are detached: they are the target, and a teacher's: see composition_losses."""
 
     def normalise(M):
         return M / (M.sum((1, 2), keepdim=True) + eps)
@@ -644,16 +631,14 @@ def composition_losses(model, teacher, V, pair, cam_layer):
     """The composition loss; and figures that show a collapse which the loss would reward: map_mass
     (sum of the composite's M), map_entropy (1: flat), trust (the pairs' weight).
     The parts' maps are the teacher's, frozen, on the image tokens V (B, N, D) of the model in
-    training: with the model's own, they flatten along with the composite's.
-    """
+    training: with the model's own, they flatten along with the composite's."""
     with torch.autocast(V.device.type, enabled=False):  # the gradient of a gradient, in float32
         V = V.float()
         teacher_kv = teacher.project_image(V.detach())
         part1, match1 = locate(teacher, pair["part1"], teacher_kv, cam_layer)
         part2, match2 = locate(teacher, pair["part2"], teacher_kv, cam_layer)
-        whole, _ = locate(
-            model, pair["whole"], model.project_image(V), cam_layer, create_graph=True
-        )
+        own_kv = model.project_image(V)
+        whole, _ = locate(model, pair["whole"], own_kv, cam_layer, create_graph=True)
         weight = match1 * match2 * pair["exists"]
         loss = composition_loss(part1, part2, whole, weight)
     mass = whole.detach().sum((1, 2))
@@ -680,7 +665,6 @@ def hist_losses(model, batch, levels, hardness, cam_layer, teacher=None):
 
 
 # ----------------------------------------------------------------------------------- training
-PATIENCE = 50  # seconds that a batch is waited for, which --workers may have lost
 WEIGHT_DECAY, BETAS = 0.02, (0.9, 0.98)
 WARMUP_STEPS, LEAST_RATE = 100, 0.01  # the last rate, as a share of its peak
 FINE_TUNING_RATE = 0.5  # the peak of what goes on from a base, as a share of --lr
@@ -718,10 +702,7 @@ def loader(samples, options, first, last):
     """Batches of positions first to last of the run; each process has its part of each step."""
     size = options.batch_size // (options.accumulate * WORLD)
     positions = [p for p in range(first, last) if p // size % WORLD == RANK]
-    how = dict(num_workers=options.workers, pin_memory=options.device == "cuda")
-    how |= dict(collate_fn=collate, worker_init_fn=start_worker)
-    how["timeout"] = PATIENCE if options.workers else 0
-    return DataLoader(samples, size, sampler=positions, **how)
+    return DataLoader(samples, size, sampler=positions, collate_fn=collate, **loading(options))
 
 
 def loss_weights(levels, composition):
@@ -783,9 +764,7 @@ def train(name, levels, samples, options, steps):
             values = train_step(
                 wrapped, teacher, batches, optimizer, options, levels, hardness, composition
             )
-            wrong = f"step {step + 1} of {name} is not finite: {dict(values)}"
-            mend = "the last checkpoint is kept, --resume with a lower --lr may go on from it"
-            insist(all(map(math.isfinite, values.values())), f"{wrong}; {mend}")
+            insist_finite(values, f"step {step + 1} of {name}")
             row = {"run": name, "step": step + 1} | {k: round(v, 5) for k, v in values.items()}
             metrics.write(json.dumps(row) + "\n")
             bar.set_postfix_str(", ".join(f"{k} {v:.2f}" for k, v in values.items()), False)
@@ -793,12 +772,7 @@ def train(name, levels, samples, options, steps):
                 metrics.flush()
                 samples.skipped.check()
                 seconds = time.time() - began
-                state = {"step": step + 1, "seconds": seconds, "options": asdict(options)}
-                state |= {"words": samples.tokenizer.words, "model": model.state_dict()}
-                state["optimizer"] = optimizer.state_dict()
-                state["teacher"] = teacher and teacher.state_dict()
-                if RANK == 0:
-                    write_whole(path, state)
+                save(path, model, teacher, optimizer, step + 1, seconds, samples, options)
     if WORLD > 1:
         torch.distributed.barrier()  # the checkpoint is there before anyone goes on from it
     return model, seconds
@@ -1626,6 +1600,18 @@ def write_whole(path, data):
             part.unlink(missing_ok=True)
 
 
+def bert_words(text):
+    """BERT's: lower case, no accents; signs and Chinese characters are words of their own."""
+    spaced = ""
+    for c in unicodedata.normalize("NFD", text.lower()):
+        kind = unicodedata.category(c)  # P: punctuation, S: symbols, Mn: accents, Cc, Cf: control
+        if kind[0] == "P" or kind[0] == "S" and c.isascii() or "\u3400" <= c <= "\u9fff":
+            spaced += f" {c} "
+        elif c.isspace() or kind not in ("Mn", "Cc", "Cf"):
+            spaced += c
+    return spaced.split()
+
+
 def read_checkpoint(path, options):
     """(model, tokenizer, state), the ViT's positions resampled to --image-size; or UserError."""
     with blaming(f"{path} is no checkpoint that fits these options"):
@@ -1645,8 +1631,9 @@ def start_training(path, samples, options, base_steps):
     """(model, teacher, optimizer, steps done, seconds) of a training: with --resume as its own
     checkpoint has them; or from the base, where it goes on from one, or --init; or from scratch."""
     torch.manual_seed(options.seed)
-    resumed = options.resume and path.exists()
-    source = resumed and path or base_steps and path.with_name("base.pt") or options.init
+    resumed, source = options.resume and path.exists(), options.init
+    if resumed or base_steps:
+        source = path if resumed else path.with_name("base.pt")
     if source:
         model, tokenizer, state = read_checkpoint(source, options)
         same = tokenizer.words == samples.tokenizer.words
@@ -1663,6 +1650,21 @@ def start_training(path, samples, options, base_steps):
     if teacher:
         teacher.load_state_dict(state["teacher"])
     return model, teacher, optimizer, state["step"], state["seconds"]
+
+
+def save(path, model, teacher, optimizer, step, seconds, samples, options):
+    """Write the checkpoint of a training: all that `start_training` needs to go on."""
+    state = {"step": step, "seconds": seconds, "options": asdict(options)}
+    state |= {"words": samples.tokenizer.words, "model": model.state_dict()}
+    state |= {"optimizer": optimizer.state_dict(), "teacher": teacher and teacher.state_dict()}
+    if RANK == 0:
+        write_whole(path, state)
+
+
+def insist_finite(values, where):
+    wrong = f"{where} is not finite: {dict(values)}"
+    mend = "the last checkpoint is kept, --resume with a lower --lr may go on from it"
+    insist(all(map(math.isfinite, values.values())), f"{wrong}; {mend}")
 
 
 def open_metrics(path, name, start):
@@ -1682,6 +1684,16 @@ def to_device(batch, device):
     if isinstance(batch, dict):
         return {name: to_device(value, device) for name, value in batch.items()}
     return batch.to(device, non_blocking=True)
+
+
+PATIENCE = 50  # seconds that a batch is waited for, which a worker may have lost
+
+
+def loading(options):
+    """How a DataLoader's processes work."""
+    how = {"num_workers": options.workers, "worker_init_fn": start_worker}
+    how["timeout"] = PATIENCE if options.workers else 0
+    return how | {"pin_memory": options.device == "cuda"}
 
 
 def start_worker(number):
@@ -1749,7 +1761,7 @@ def parse_options(argv=None):
         text = f.metadata["help"] + (f" [{f.default}]" if f.default else "")
         cli.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **how)
     typed = vars(cli.parse_args(argv))
-    told = presets(typed.get("data", Options.data), typed.get("base", Options.base))
+    told = presets(typed.get("data", Options.data), typed.get("base", Options.base), typed)
     if "init" in typed:
         with suppress(Exception):  # what is wrong with it read_checkpoint will say
             given = torch.load(typed["init"], "meta", weights_only=True)["options"]
@@ -1799,6 +1811,8 @@ def check_options(options):
     insist(named <= levels, f"--levels {options.levels}: they are {', '.join(levels)}")
     insist(named & set(LEVELS), "--levels composition: it needs another, until it begins")
     heads, layers = max(4, options.width // 64), options.fusion_layers
+    ignored = options.base == "blip" and options.text_layers > 0
+    insist(not ignored, "--text-layers: BLIP's text layers all fuse; say --fusion-layers")
     insist(options.width % heads == 0, f"--width: take a multiple of {heads}, its heads")
     insist(options.cam_layer < layers, f"--cam-layer: the fusion layers are 0 to {layers - 1}")
     insist(not (options.pretrained and options.vit == "scenes"), "--pretrained: say --vit NAME too")
@@ -1849,6 +1863,7 @@ def prepare(options):
     records, held_out = load_data(options, skipped)
     insist(len(records), f"{options.data}: there is no image to train on")
     options.steps = options.steps or max(1, EPOCHS * len(records) // options.batch_size)
+    # Every word of the scenes is in any two thousand of them.
     some = range(100_000, 102_000) if options.data == "scenes" else range(len(records))
     captions = (caption for i in some for caption in records[i]["captions"])
     tokenizer = tokenizer or Tokenizer.build(captions, options.vocab_size)
@@ -1893,28 +1908,31 @@ def writable(folder):
 
 def report(options, records, held_out, skipped):
     """Evaluate OUT's checkpoints; print the table, write results.json and the pictures."""
-    out, models, results, pairs = Path(options.out), {}, {}, []
+    out, models, results = Path(options.out), {}, {}
     if RANK > 0:
         return
     for path in [path for path in (out / "baseline.pt", out / "hist.pt") if path.exists()]:
         model, tokenizer, state = read_checkpoint(path, options)
         answers = common_answers(records, tokenizer)
-        found, pairs = evaluate(model, tokenizer, held_out, options, answers)
-        models[path.stem], results[path.stem] = model, found
+        models[path.stem] = model
+        results[path.stem], pairs = evaluate(model, tokenizer, held_out, options, answers)
         print(f"{path.stem}: {state['step']} steps in {state['seconds']:.0f} s")
     insist(models, f"there is no baseline.pt and no hist.pt in {out}: train first")
     out = skipped.path.parent
     if options.data != state["options"]["data"]:  # of --eval-only: the run's own results stay
         out = out / f"on-{Path(options.data).stem}"
         out.mkdir(exist_ok=True)
-    for split, measures in found.items():
-        counts = ", ".join(f"{measures[name]} {name}" for name in ("images", "phrases", "pairs"))
+    splits = {record["split"]: {} for record in held_out}  # split: {model: its measures}
+    for split, measures in splits.items():
+        measures |= {name: result[split] for name, result in results.items()}
+        some = next(iter(measures.values()))
+        counts = ", ".join(f"{some[name]} {name}" for name in ("images", "phrases", "pairs"))
         print(f"\n{options.data}, {split}: {counts}; seed {options.seed}; percent\n")
-        print(table({name: result[split] for name, result in results.items()}) + "\n")
+        print(table(measures) + "\n")
     if skipped.count():
         print(f"{skipped.count()} images could not be used; {skipped.path} lists them")
-    if len(found) == 1:
-        results = {name: result[split] for name, result in results.items()}
+    if len(splits) == 1:
+        results = measures
     write_whole(out / "results.json", json.dumps(results, indent=1))
     several = [record for record in held_out if len(record["targets"]) > 1] or held_out
     draw_grounding(models, tokenizer, several[:8], options, out / "grounding.png")

@@ -63,12 +63,13 @@ VERBS = {
     (RIDE, RIDES): """attack balance bark battle beat bend bite blow bounce brace brush bump capture
     cast catch change chase chat cheer claim clap climb combine cook crash cross cut dance display
     dive drag draw drive escape exhibit exit face fall feature feed fight finish flip float fly gain
-    glance greet grin heat help hit hug hunt hurt jump kick lead leap lift look lounge measure move
-    nap parade pause peek photograph pick play plow point poke pose practice pull push race reach
-    repair rescue rest return ride rip rise roast rub run salute scan search serve shake shine shoot
-    shout show slap sleep slide smell smile snap sniff sort spin squat stand stare start stretch
-    strike stroll struggle support surf suspect sweep swing tackle talk taste tear tilt toss touch
-    tow travel turn use vie visit vote wait walk wash watch welcome whisper wipe work yawn""",
+    glance greet grin heat help hit hop hug hunt hurt joust jump kick kiss lead leap lift look
+    lounge measure move nap parade pause peek photograph pick play plow point poke pose practice
+    pull push race reach repair rescue rest return ride rip rise roast rub run salute scan search
+    serve shake shine shoot shout show slap sleep slide smell smile snap sniff sort spin squat stand
+    stare start stretch strike stroll struggle support surf suspect sweep swing tackle talk taste
+    tear tilt toss touch tow travel turn use vie visit vote wait walk wash watch welcome whisper
+    wipe work yawn""",
     (RIDE, LIGHTS): """bat block board comb cover crowd dart dress drink drop fence film fry glow
     grill guard knot land leave light line load mirror mount pack paddle paint park pet pitch place
     plant post pump rally roll row sail sample share shop shovel shred signal skate sketch ski slice
@@ -134,7 +135,7 @@ WORDS = {
     DET: "a an another any each either every neither some the these this those",
     POSS: "his its my our their whose your",
     PRON: """anyone eachother everyone everything he herself him himself i it itself me nobody
-    nothing ones others she someone something them themselves they us we what you""",
+    nothing ones others she someone something them themselves theres they us we what whats you""",
     NUM: "eight eleven five four hundred nine seven six ten thousand three twelve two",
     PREP: """above across after against along alongside amid amidst among amongst at atop before
     behind below beneath beside besides between beyond despite during except for in into like near
@@ -215,22 +216,23 @@ DISHES = with_plurals("casserole curry dish omelet pie pizza salad sandwich soup
 ACTIVITIES = """biking boarding climbing diving fishing sailing shopping skating skiing surfing
     """.split()
 # Words that belong to the noun after them: "hot dog" is a subject.
-FIXED = with_plurals("""bedroom-set big-ben big-rig boarding-pass brief-case brush-set chess-set
-    close-up cookware-set dinner-set double-decker drum-set flat-screen french-fries german-shepherd
-    gift-set golden-gate golden-retriever half-pipe high-chair high-rise hot-dog knife-set
-    light-bulb light-fixture light-house light-pole light-post light-switch measuring-cup
-    mixing-bowl mountain-pass new-york orange-juice orange-peel orange-slice polar-bear rear-view
-    running-shoe sheet-set smart-phone stainless-steel swim-trunk swing-set tea-set television-set
-    third-base throw-blanket throw-pillow tool-set top-hat towel-set train-set wet-suit wild-flower
-    """)
+FIXED = with_plurals("""back-ground bedroom-set big-ben big-rig boarding-pass brief-case
+    brush-set chess-set chop-stick close-up cookware-set dinner-set double-decker drum-set
+    flat-screen french-fries german-shepherd gift-set golden-gate golden-retriever half-pipe
+    high-chair high-rise hot-dog knife-set light-bulb light-fixture light-house light-pole
+    light-post light-switch measuring-cup mixing-bowl mountain-pass new-york orange-juice
+    orange-peel orange-slice polar-bear rear-view running-shoe sheet-set smart-phone
+    stainless-steel swim-trunk swing-set tea-set teddy-bear television-set third-base
+    throw-blanket throw-pillow tool-set top-hat towel-set train-set wet-suit wild-flower""")
 # "a group of people" is one phrase, and people is its subject.
 QUANTITY = with_plurals("""abundance amount array assortment batch bit bite brood bunch bundle chunk
     cluster clutch collection colony convoy couple crowd dash dollop dozen drove expanse fleet
     flight flock fragment gaggle gang gathering group grouping half handful heap herd host hundred
-    kind line litter load lot million mob mound multitude number pack pair parade part patch piece
-    pile pinch plenty pod portion pride procession rest row sampling scattering school scoop scrap
-    section selection series serving set shower slice sort splash sprig squad stack strand stretch
-    string strip swarm swirl tangle team thousand ton trio troop type variety wealth wedge""")
+    kind line litter load lot million mob mound multitude number pack pair parade part party patch
+    piece pile pinch plenty pod portion pride procession rest row sampling scattering school scoop
+    scrap section selection series serving set shower slice sort splash sprig squad stack strand
+    stretch string strip swarm swirl tangle team thousand ton trio troop type variety wealth
+    wedge""")
 # A picture of a dog shows a dog: the dog is a phrase, the picture is none.
 PICTURES = with_plurals("""close close-up closeup footage image photo photograph pic picture
     portrait screenshot selfie shot snapshot up view""")
@@ -270,8 +272,8 @@ ABSTRACT = re.compile(
 )
 CONCRETE = with_plurals("""ambulance amenity appliance audience city collection community
     construction contraption creation decoration entrance facility fence formation foundation
-    harness installation institution intersection junction location protection reflection residence
-    section station substance university vegetation wilderness""")
+    guinness harness installation institution intersection junction location protection reflection
+    residence section station substance university vegetation wilderness witness""")
 # Nor at words that place things, but at "his back"; nor, alone, at ball sports and, after a
 # preposition, at BARE ("on display"); nor at arrays ("in a row"), and what is taken ("a swing").
 LOCATIONS = with_plurals("""back bottom center centre distance edge end front inside left middle
@@ -303,7 +305,8 @@ MOVERS = with_plurals(
 )
 OWNERS = ("kids", "boys", "girls", "ladies", "womens", "mens")
 SINGULAR = ("a", "an", "one", "another", "each", "every", "this")
-MANY = QUANTITY | {"few", "several", "many"}
+SEVERAL = {"few", "several", "many", "various"}
+MANY = QUANTITY | SEVERAL
 
 # A word or a sign, caption[start:end], and its tag. A noun phrase and its subject, the head noun
 # with its compounds; a span is (start, end). A caption with its `Token`s and `Phrase`s, in order.
@@ -396,11 +399,16 @@ def is_person(word):
 def after_one(at):
     """The noun before is one of its kind, so no plural follows it: a bird *perches* on."""
     near = "".join(at.tags[max(2, at.index - 8) : at.index])
-    phrase = re.search("[DCP](?:[JZNSU]|[,K](?=[JK]))*$", near)
+    phrase = re.search("[DCP](?:[JZNSU]|(?<=[JZ])(?:,|,?K)(?=J))*$", near)
     before = at.words[at.index - len(phrase[0]) : at.index] if phrase else [""]
     if before[0] in ("the", "his", "her", "its", "their"):
         return at.before in PEOPLE
     return before[0] in SINGULAR and at.word[-1] == "s" and not MANY.intersection(before)
+
+
+def after_few(at):
+    """Not after words that say that there are many: various yard *decorations* some of which."""
+    return SEVERAL.isdisjoint(at.words[max(0, at.index - 4) : at.index])
 
 
 def feeds(at):
@@ -432,6 +440,11 @@ def in_clothes(at):
     return some == (at.tags[at.index] == RIDE) and is_person(at.words[start.end(1) + 1])
 
 
+def dressed_in(at):
+    """A verb after a colour to wear: a woman in black *sits* on."""
+    return at.before2 in ("in", "wearing", "wears") and at.word[-1] == "s"
+
+
 def compounds(at):
     """A *cutting* board, but a *riding* man; between phrases only ING_ALWAYS: *parking* lots."""
     if at.left == NOUN and at.after[-1:] == "s" and at.word != "parking":
@@ -440,6 +453,10 @@ def compounds(at):
         return at.left not in JOINTS + START + NOUN or at.before not in MOVERS
     placed = at.left in INSIDE + COMPOUND or at.before in PLACING
     return placed and at.word not in ING_STATE and at.after not in MOVERS
+
+
+def resembles(at):
+    return at.word == "like" and at.before not in ("bit", "look")
 
 
 def owns(at):
@@ -457,6 +474,7 @@ RULES = (
     (ADJ, NOUN, ANY, NOUN, lambda at: at.word in LOCATIONS),  # a hill *top*
     (ADJ, DET, RIDING, NOUN, lambda at: at.word in LOCATIONS),  # the *middle* holding a bat
     (ADJ, DET + POSS, PLACES + VERB + MARK, NOUN, lambda at: at.word[-1] in "yl"),  # a *guppy* in
+    (ADJ, DET, ANY, PRON, lambda at: at.before == "each" and at.word == "other"),  # each *other*
     (ORANGE, NOUN, ANY, NOUN),  # a street *light*
     (ORANGE, ANY, JOINTS, ADJ, lambda at: at.right2 == ADJ),  # an *orange* and red bus
     (ORANGE, ANY, RIDING, ADJ, lambda at: at.word not in LEXICON and at.right2 in THINGS),
@@ -470,9 +488,10 @@ RULES = (
     (NOUN, ADJ, THINGS, ADJ, lambda at: at.word in FORMS),  # a long *sleeve* shirt
     (NOUN + ORANGE + RIDE, NOUNS + BE + VERB, RIDING, ADV, lambda at: at.after in ACTIVITIES),
     (NOUN, COMMA + MARK, ADJ, ADJ, lambda at: not at.after2),  # a bowl, *dishwasher* safe
+    (NOUN, DET, PLURAL, NUM, lambda at: at.word in ("couple", "dozen")),  # a *couple* umbrellas
     (NOUN, PLURAL + INF, OPENERS, VERB),  # to *pedal* a bike
     (NOUN, PLURAL, PLACES + TO + SUB, VERB, lambda at: at.left2 in START + NUM),  # men *nap* on
-    (PLURAL + LIGHTS, NOUN + PLURAL + DEGREE, OPENERS, VERB),  # a boy *pedals* his bike
+    (PLURAL + LIGHTS, NOUN + PLURAL + DEGREE, OPENERS, VERB, after_few),  # a boy *pedals* his bike
     (PLURAL, CONJ, OPENERS, VERB, lambda at: VERB in at.tags[: at.index][-9:]),  # and *bends* his
     (PLURAL + LIGHTS, NOUN, NOUNS + ADJ, VERB, feeds),  # the keeper *feeds* giraffes
     (LIGHTS, NOUN, NOUNS + ADJ, VERB, after_one),  # a chef *slices* onions
@@ -493,6 +512,7 @@ RULES = (
     (PAINTING, NOUN, ANY, ING, lambda at: at.before in MOVERS),  # a man *painting*
     # a *cutting* board; a *smiling* man; and *smiling* people, a glass of *running* water
     (RIDING, AMID, THINGS + PAINTING + CAN, COMPOUND, compounds),
+    (RIDING, DEGREE + ADJ, ANY, ING, lambda at: at.left2 in BE),  # is busy *eating* pizza
     (RIDING, INSIDE + DEGREE, NEXT + VERB, PARTICIPLE),
     (RIDING, BETWEEN + VERB + ING, NEXT + VERB, PARTICIPLE, lambda at: at.word in ING_STATE),
     (RIDING, PREPS, THINGS + PARKED + PAINTING, PARTICIPLE, lambda at: at.before in ("of", "with")),
@@ -501,15 +521,21 @@ RULES = (
     (PARKED, ANY, THINGS, NOUN, lambda at: at.word == "led"),  # an *LED* lamp
     (PARKED, AMID + VERB + ING, NEXT, PARTICIPLE),  # *parked* cars
     (PARKED, ARTICLES, UP + PREP, PARTICIPLE, lambda at: at.right2 in NOUNS + ADJ),
+    # an old *broken* down bus
+    (PARKED, ADJ, UP, PARTICIPLE, lambda at: at.right2 in NOUNS and at.after != "by"),
+    (PARKED, ARTICLES, CONJ, PARTICIPLE, lambda at: at.right2 in PARKED + ADJ),  # a *cut* and dried
+    (PARKED, DEGREE, CONJ, PARTICIPLE, lambda at: at.left2 in ARTICLES),  # a partly *eaten* and
+    (RIDE, ARTICLES + ADJ, UP, PARTICIPLE, lambda at: at.right2 in NOUNS),  # a *stand* up board
+    (UP, ADJ, NOUNS, PARTICIPLE, lambda at: at.left2 in ARTICLES),  # a closed *off* pen
     (PREP + UP, PARTICIPLE, ANY, PARTICIPLE),  # a fenced *in* area
     (PARKED, ARTICLES, RIGHT, PARTICIPLE),  # a *broken* left wing
     (PARKED, ARTICLES, ANY, NOUN),  # a *set* of
     (PARKED, ADJ, VERB, NOUN),  # a small *dug* sits
     (PARKED, NOUN, COMMA + MARK, NOUN, lambda at: at.word == "set"),  # a cookware *set*
-    (PARKED, START, LINK, NOUN, lambda at: at.word in QUANTITY),  # *set* of
+    (PARKED + VERB, START, LINK, NOUN, lambda at: at.word in QUANTITY),  # *set* of
     (DET, ANY, VERB + RIDES, PRON, lambda at: at.word in SINGULAR and at.after[-1] == "s"),
+    (RIDES + VERB, ADJ, FOLLOWS, VERB, dressed_in),  # red *smiles* at
     (VERB, INSIDE, ANY, NOUN),  # a *stare* at
-    (RIDES, ADJ, ANY, VERB, lambda at: at.before2 in ("in", "wearing", "wears")),  # red *smiles*
     (RIDES, INSIDE + PREPS + START + COMPOUND, ANY, PLURAL),  # two *rides*
     (TO, ANY, VERB + BE, INF),  # *to* eat
     (TO, ANY, RIDE, INF, lambda at: at.before != "next"),  # *to* ride
@@ -517,15 +543,17 @@ RULES = (
     (TO, ANY, PARKED, INF, lambda at: at.after in ("cut", "put", "set", "shut")),
     (BACK, ARTICLES + ADJ + GENITIVE + OWNER + PREPS + START, ANY, NOUN),  # the *back* of
     (NEARBY, ARTICLES + ADJ, ANY, ADJ),  # a *nearby* house
+    (NEARBY, PREPS, NOUNS, ADJ),  # in *nearby* grass
     (RIGHT, ANY, STARTS + DEGREE + VERB + BACK, ADJ),  # the *right* hand
     (UP, ANY, STARTS + OPENERS + PRON + THAT + BACK, PREP),  # *up* a hill
+    (PREP, NOUN, NOUN, PARTICIPLE, resembles),  # a mirror *like* object
     (UP, ANY, RIDING, PREP, lambda at: at.word == "by" and at.right2 in THINGS),
     (HER, ANY, NOUNISH, POSS),  # *her* hat
     (ONE, ANY, THINGS + ADJ + CAN, NUM),  # *one* dog
     (THAT, NOUNS + PRON + ADJ, ANY, REL),  # a dog *that* runs
     (THAT, ANY, THINGS + ADJ, DET),  # *that* dog
     (CAN, PRON, ANY, AUX),  # you *can* see
-    (CAN, NOUNS + PRON, VERB + RIDE + BE + ADV, AUX),  # a dog *can* swim
+    (CAN, NOUNS + PRON + REL, VERB + RIDE + BE + ADV, AUX),  # a dog *can* swim
     (QUOTE, PLURAL, NOUNISH, GENITIVE),  # two dogs *'* heads
     (GENITIVE_S, NOUNS, PREPS + JOINTS + MARK + THAT, PLURAL),  # two ski *'s* on
     (GENITIVE_S, NOUNS + PRON, RIDING, BE, lambda at: at.right2 not in THINGS),  # he *'s* running

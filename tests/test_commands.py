@@ -368,6 +368,11 @@ def test_presets(monkeypatch):
     for o in (scenes, coco, blip):
         assert 0 <= o.cam_layer < o.fusion_layers
     assert (blip.cam_layer, coco.cam_layer) == (1, 0)  # the middle
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    one = hist.parse_options(["--data", "coco", "--fusion-layers", "1", "--device", "cpu"])
+    assert (one.text_layers, one.fusion_layers, one.cam_layer) == (4, 1, 0)
+    with pytest.raises(hist.UserError, match="--text-layers: BLIP"):
+        hist.parse_options(["--base", "blip", "--text-layers", "2", "--device", "cpu"])
 
 
 def test_ten_epochs_where_no_steps_are_asked_for(here):
