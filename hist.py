@@ -112,9 +112,10 @@ ON_GPU = dict(vit="vit_small_patch16_224", image_size=224, width=384, text_layer
 ON_CPU = dict(vit="vit_tiny_patch16_224", image_size=160, width=192, text_layers=2)
 
 
-def presets(data, base, typed=()):
-    """Defaults for data other than the scenes, and for BLIP, whose text layers all fuse; what was
-    typed ({option: value}) goes before."""
+def presets(typed):
+    """What was typed ({option: value}), with defaults for data other than the scenes, and for BLIP,
+    whose text layers all fuse."""
+    data, base = typed.get("data", Options.data), typed.get("base", Options.base)
     preset = {"text_layers": 2, "fusion_layers": 1, "out": f"out/{Path(data).stem}"}
     if data != "scenes":
         preset |= PHOTOGRAPHS | (ON_GPU if torch.cuda.is_available() else ON_CPU)
@@ -199,8 +200,10 @@ class Tokenizer:
             elif ids[place] not in (self.unk_id, *self.end):
                 known.append([place])
         hidden = [places for places in known if rng.random() < MASKED_SHARE]
+        if known and not hidden:
+            hidden = [rng.choice(known)]
         masked, labels = list(ids), [-100] * len(ids)
-        for place in itertools.chain(*(hidden or known and [rng.choice(known)])):
+        for place in itertools.chain(*hidden):
             labels[place] = ids[place]
             another = rng.randrange(len(self.SPECIAL), len(self.words))
             masked[place] = rng.choices((self.mask_id, another, ids[place]), (8, 1, 1))[0]
@@ -260,7 +263,8 @@ class Samples(Dataset):
         self.records, self.tokenizer = records, tokenizer
         self.options, self.skipped = options, skipped
         with blaming("--parses"):  # {caption: its phrases}, of another parser
-            self.given = parse.read_parses(options.parses) if options.parses else {}
+            given = parse.read_parses(options.parses) if options.parses else {}
+        self.given = {caption: parse.Parse(caption, [], given[caption]) for caption in given}
 
     def __len__(self):
         return len(self.records)
@@ -280,10 +284,6 @@ class Samples(Dataset):
                 self.skipped.add("image", record["image"], str(error))
         raise UserError(f"none of the {len(self)} pictures to train on can be read")
 
-    def parse(self, caption):
-        given = self.given.get(caption)
-        return parse.parse(caption) if given is None else parse.Parse(caption, [], given)
-
     def text(self, level, parsed, number, parses, rng):
         """Phrase `number`'s text of a level, masked, and the keys that make positives."""
         texts = level.texts(parsed) or [""]
@@ -299,11 +299,11 @@ class Samples(Dataset):
     def __getitem__(self, position):
         rng = random.Random(f"{self.options.seed} {position}")
         record, image = self.read(position, rng)
-        parses = [self.parse(caption) for caption in record["captions"]]
+        parses = [self.given.get(said) or parse.parse(said) for said in record["captions"]]
         parsed = rng.choice(parses)
         number = rng.randrange(len(parsed.phrases) or 1)
         sample = {"image": image}
-        for name, level in LEVELS.items():
+        for name, level in LEVELS.items():  # all of them: every training draws the same texts
             sample[name] = self.text(level, parsed, number, parses, rng)
         texts = draw_pair(parsed.phrases[number], parsed, parses, rng) if parsed.phrases else []
         part1, part2, whole = map(self.tokenizer.encode, texts or ["", "", ""])
@@ -371,14 +371,15 @@ class Layer(nn.Module):
         self.mlp = nn.Sequential(widen, nn.GELU(), narrow)
         self.mlp_norm = layer_norm(width)
 
-    def forward(self, x, mask, image_kv=None):
-        """x (n, L, width), mask (n, 1 or L, L) of what a token may see, image_kv (2, n, heads, N,
-        d) or None -> x (n, L, width), the cross-attention A (n, heads, L, N) or None."""
+    def forward(self, x, mask, keys_values=None):
+        """x (n, L, width), mask (n, 1 or L, L) of what a token may see, an image's keys_values (2,
+        n, heads, N, d) or None -> x (n, L, width), the cross-attention A (n, heads, L, N) or None.
+        """
         seen, _ = self.self_attention(x, self.self_attention.keys_values(x), mask)
         x = self.self_norm(x + seen)
         A = None
-        if image_kv is not None:
-            seen, A = self.cross_attention(x, image_kv)
+        if keys_values is not None:
+            seen, A = self.cross_attention(x, keys_values)
             x = self.cross_norm(x + seen)
         return self.mlp_norm(x + self.mlp(x)), A
 
@@ -562,11 +563,11 @@ def itc_loss(image_features, text_features, positives, exists, temperature):
 def draw_negatives(similarity, allowed, hardness):
     """For each row one column that is allowed: uniform at hardness 0, by softmax of the similarity
     at 1 (ALBEF, 3.2). similarity, allowed (a, b) -> columns (a,), whether there was one (a,)."""
-    uniform = allowed / allowed.sum(1, keepdim=True).clamp(min=1)
-    hard = similarity.float().masked_fill(~allowed, -1e4).softmax(1) * allowed
     found = allowed.any(1)
-    weights = (1 - hardness) * uniform + hardness * hard + 1e-12 * allowed
-    weights = weights.masked_fill(~found[:, None], 1.0)
+    uniform = allowed / allowed.sum(1, keepdim=True)
+    hard = similarity.masked_fill(~allowed, -1e4).softmax(1)
+    weights = (1 - hardness) * uniform + hardness * hard
+    weights = weights.masked_fill(~found[:, None], 1.0)  # where there is none, any, to be ignored
     return torch.multinomial(weights, 1)[:, 0], found
 
 
@@ -608,7 +609,7 @@ def level_losses(model, image_features, image_kv, text, language, hardness):
         positives = find_positives(gather(text["image_keys"]), gather(text["text_keys"]))
         features = gather(image_features), gather(text_features)
         losses = {"itc": itc_loss(*features, positives, gather(exists), temperature)}
-        similarity = (image_features @ text_features.T / temperature).detach()
+        similarity = image_features @ text_features.T / temperature
 
     # Matching, within this process: text and image, text and wrong image, image and wrong text.
     allowed = ~find_positives(text["image_keys"], text["text_keys"]) & exists
@@ -619,7 +620,7 @@ def level_losses(model, image_features, image_kv, text, language, hardness):
     kv = [keys_values.index_select(1, images) for keys_values in image_kv]
     logits, _ = model.match(T[texts], mask[texts], kv)
     labels = torch.tensor([1, 0, 0], device=own.device).repeat_interleave(len(own))
-    weight = torch.cat([exists, found_image & exists, found_text & exists])
+    weight = torch.cat([exists, found_image, found_text & exists])
     losses["itm"] = itm_loss(logits, labels, weight)
 
     if language:
@@ -659,8 +660,8 @@ def hist_losses(model, batch, levels, hardness, cam_layer, teacher=None):
             found = level_losses(model, image_features, image_kv, text, level.language, hardness)
             losses |= {f"{name}_{kind}": loss for kind, loss in found.items()}
     if "composition" in levels:
-        found = composition_losses(model, teacher, V, batch["pair"], cam_layer)
-        losses["composition"], figures = found
+        loss, figures = composition_losses(model, teacher, V, batch["pair"], cam_layer)
+        losses["composition"] = loss
     return losses, figures
 
 
@@ -715,7 +716,7 @@ def train_step(model, teacher, batches, optimizer, options, levels, hardness, co
     """One step: {loss, figure or "gradient", its norm: value}. Where the gradient is not finite no
     weight changes. composition: that loss's weight, lambda by its ramp; at 0 it is left out."""
     values, weights = Counter(), loss_weights(levels, composition)
-    levels = [level for level in levels if weights.get(level, 1) > 0]
+    levels = [level for level in levels if level != "composition" or composition > 0]
     optimizer.zero_grad()
     for part in range(options.accumulate):
         batch = to_device(next(batches), options.device)
@@ -739,19 +740,19 @@ def train(name, levels, samples, options, steps):
     after its own: they start alike and see the same images and captions in the same order. Writes
     OUT/name.pt and a line a step into OUT/metrics.jsonl."""
     path = Path(options.out) / f"{name}.pt"
-    base_steps = 0 if name == "base" else options.base_steps
-    peak = options.lr * (FINE_TUNING_RATE if base_steps else 1)
-    model, teacher, optimizer, start, seconds = start_training(path, samples, options, base_steps)
+    before = 0 if name == "base" else options.base_steps
+    peak = options.lr * (FINE_TUNING_RATE if before else 1)
+    model, teacher, optimizer, start, seconds = start_training(path, samples, options, before)
     ddp = partial(nn.parallel.DistributedDataParallel, find_unused_parameters=True)
     wrapped = ddp(model) if WORLD > 1 else model
-    first, last = ((base_steps + step) * options.batch_size for step in (start, steps))
+    first, last = ((before + step) * options.batch_size for step in (start, steps))
     batches = iter(loader(samples, options, first, last))
     began = time.time() - seconds
     model.train()
     bar = tqdm(range(start, steps), name, steps, initial=start, unit="step", disable=RANK > 0)
     with open_metrics(path.with_name("metrics.jsonl"), name, start) as metrics:
         for step in bar:
-            done = (base_steps + step) / (options.base_steps + options.steps)
+            done = (before + step) / (options.base_steps + options.steps)
             hardness = HARDNESS * ramp(done, HARD_START, HARD_RAMP)
             composition = ramp(done, options.composition_start, COMPOSITION_RAMP)
             composition *= options.composition_weight
@@ -760,14 +761,14 @@ def train(name, levels, samples, options, steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, peak)
             # Seeded anew, a resumed run draws the same negatives.
-            torch.manual_seed((options.seed << 32) + (base_steps + step) * WORLD + RANK)
+            torch.manual_seed((options.seed << 32) + (before + step) * WORLD + RANK)
             values = train_step(
                 wrapped, teacher, batches, optimizer, options, levels, hardness, composition
             )
             insist_finite(values, f"step {step + 1} of {name}")
             row = {"run": name, "step": step + 1} | {k: round(v, 5) for k, v in values.items()}
             metrics.write(json.dumps(row) + "\n")
-            bar.set_postfix_str(", ".join(f"{k} {v:.2f}" for k, v in values.items()), False)
+            bar.set_postfix_str(", ".join(f"{k} {v:.2f}" for k, v in values.items()), refresh=False)
             if step + 1 == steps or (step + 1) % options.save_every == 0:
                 metrics.flush()
                 samples.skipped.check()
@@ -854,10 +855,9 @@ def texts_to_find(targets, rng):
     return found
 
 
-def look_at(model, image, n=1):
-    """image_kv of one image (3, side, side), for n texts."""
-    image_kv = model.project_image(model.encode_image(image[None])[1])
-    return [keys_values.expand(-1, n, -1, -1, -1) for keys_values in image_kv]
+def look_at(model, image):
+    """image_kv of one image (3, side, side), for however many texts."""
+    return model.project_image(model.encode_image(image[None])[1])
 
 
 @torch.no_grad()
@@ -865,8 +865,8 @@ def maps_of(model, tokenizer, image, texts, cam_layer):
     """Maps at pixel size (n, side, side), bicubic, of n texts over an image (3, side, side), and
     probabilities [n] that they match."""
     model.eval()
-    ids, image_kv = tokenizer.batch(texts).to(image.device), look_at(model, image, len(texts))
-    maps, match = locate(model, ids, image_kv, cam_layer)
+    ids = tokenizer.batch(texts).to(image.device)
+    maps, match = locate(model, ids, look_at(model, image), cam_layer)
     maps = F.interpolate(maps.detach()[:, None].float(), size=image.shape[1:], mode="bicubic")
     return maps[:, 0].clamp(min=0).cpu().numpy(), match.tolist()
 
@@ -930,10 +930,10 @@ def rerank(model, records, ids, similarity, options):
     score = torch.full_like(similarity, -torch.inf)
     for row, record in enumerate(records):
         image = read_image(record["image"], options.image_size).to(options.device)
-        image_kv = look_at(model, image, 512)
+        image_kv = look_at(model, image)
         for texts in (best[0] | best[1])[row].nonzero()[:, 0].split(512):
             T, mask, _ = model.encode_text(ids[texts])
-            logits, _ = model.match(T, mask, [kv[:, : len(texts)] for kv in image_kv])
+            logits, _ = model.match(T, mask, image_kv)
             score[row, texts] = logits.softmax(-1)[:, 1]
     return [score.masked_fill(~chosen, -torch.inf) for chosen in best]
 
@@ -975,9 +975,10 @@ def best_threshold(pairs):
 def pair_measures(pairs, val_pairs):
     """IoU and balance of pairs. The IoU's threshold is val_pairs' best; where there are none, the
     images are halved, and each half has the other's."""
-    number, halves, ious = {}, ([], []), []
-    for pair in pairs:
-        halves[number.setdefault(id(pair.record), len(number)) % 2].append(pair)
+    halves, ious = ([], []), []
+    of_images = itertools.groupby(pairs, lambda pair: id(pair.record))
+    for number, (_, same) in enumerate(of_images):
+        halves[number % 2].extend(same)
     for half, other in (halves, halves[::-1]):
         best = best_threshold(val_pairs or other)
         ious += [pair.iou[best] for pair in half]
@@ -1179,8 +1180,9 @@ def relation(one, two, rng):
     """A true word for where one Thing is to another, or a vague one."""
     dx = one.x + one.size / 2 - two.x - two.size / 2
     dy = one.y + one.size / 2 - two.y - two.size / 2
-    words = ("left of", "right of") if abs(dx) > abs(dy) else ("above", "below")
-    exact = words[(dx if abs(dx) > abs(dy) else dy) > 0]
+    exact = "above" if dy <= 0 else "below"
+    if abs(dx) > abs(dy):
+        exact = "left of" if dx <= 0 else "right of"
     return rng.choice((exact, exact, "next to", "and", "with", "near"))
 
 
@@ -1212,7 +1214,9 @@ def describe(rng, things, side):
     where = relation(*listed[:2], rng) if len(listed) > 1 else ""
     names = [phrase for phrase, _ in said]
     parts = [rng.choice(LISTS[len(listed) - 1]).format(*names, where=where)] if listed else []
-    caption = " and ".join(parts + [" is ".join(clause)] * bool(clause))
+    if clause:
+        parts.append(" is ".join(clause))
+    caption = " and ".join(parts)
     said += [(part, things.index(last)) for part in clause if " " in part]
     return caption, said
 
@@ -1287,7 +1291,7 @@ def name_shapes(model, options):
         scenes = []
         for number in range(step * options.batch_size, (step + 1) * options.batch_size):
             rng = random.Random(f"{options.seed} one {number}")
-            scenes.append(draw_scene(rng, options.image_size, 1, False))
+            scenes.append(draw_scene(rng, options.image_size, wanted=1, unseen=False))
         names = [scene["targets"][0]["phrase"].split()[-1] for scene in scenes]
         named = torch.tensor([shapes.index(name) for name in names], device=options.device)
         images = [read_image(scene["image"], options.image_size) for scene in scenes]
@@ -1299,7 +1303,7 @@ def name_shapes(model, options):
         loss.backward()
         optimizer.step()
         right = (logits.argmax(1) == named).float().mean()
-        bar.set_postfix_str(f"right {right:.2f}", False)
+        bar.set_postfix_str(f"right {right:.2f}", refresh=False)
 
 
 def scenes_vit(options):
@@ -1509,8 +1513,8 @@ def read_jsonl(path):
 def load_data(options, skipped):
     """(training records, held-out records) of --data; UserError where too many are unusable."""
     if options.data == "scenes":
-        train = Scenes(1_000_000, options, "train", False)
-        test = Scenes(options.eval_images or 500, options, "held out", True)
+        train = Scenes(1_000_000, options, "train", held_out=False)
+        test = Scenes(options.eval_images or 500, options, "held out", held_out=True)
         held_out = [test[i] for i in range(len(test))]
     elif options.data == "coco":
         train, held_out = (read_coco(Path(options.root), s, skipped) for s in ("train", "val"))
@@ -1761,12 +1765,11 @@ def parse_options(argv=None):
         text = f.metadata["help"] + (f" [{f.default}]" if f.default else "")
         cli.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **how)
     typed = vars(cli.parse_args(argv))
-    told = presets(typed.get("data", Options.data), typed.get("base", Options.base), typed)
+    told = presets(typed)
     if "init" in typed:
         with suppress(Exception):  # what is wrong with it read_checkpoint will say
-            given = torch.load(typed["init"], "meta", weights_only=True)["options"]
-            told |= {"base_steps": 0} | {name: given[name] for name in OF_MODEL}
-    told |= typed
+            given = torch.load(typed["init"], map_location="meta", weights_only=True)["options"]
+            told |= {"base_steps": 0} | {name: given[name] for name in OF_MODEL} | typed
     if typed.keys() & {"resume", "eval_only", "ground"}:
         saved = saved_options(told["out"])
         insist(saved is not None, f"there is no run in {told['out']}: train first, or say --out")
@@ -1911,7 +1914,7 @@ def report(options, records, held_out, skipped):
     out, models, results = Path(options.out), {}, {}
     if RANK > 0:
         return
-    for path in [path for path in (out / "baseline.pt", out / "hist.pt") if path.exists()]:
+    for path in filter(Path.exists, (out / "baseline.pt", out / "hist.pt")):
         model, tokenizer, state = read_checkpoint(path, options)
         answers = common_answers(records, tokenizer)
         models[path.stem] = model

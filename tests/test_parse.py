@@ -213,6 +213,25 @@ After [the |rain] [|puddles] cover [the |street].
 [A |man] watches [a |child] stand on [a |stool].
 [A |medic] takes photos.
 [|People] don't sit on [the |bench].
+[A |rider] prepares to joust.
+[A |clerk] carries [a couple |umbrellas].
+[A dozen |doughnuts] in [a |box]
+[A |woman] in black sits on [a |bench].
+[A |nurse] in [blue |scrubs] measures [a |cake].
+[The |robot] is mechanically making [|donuts].
+[Two |men] stand next to each other holding [|glasses].
+[A small |train] and [a mirror like |object]
+[A |bus], [old |cabin cars], and [|trucks]
+[A small party of |people] eats [some |pizza].
+Theres [a |dog] on [the |bed].
+[A |kite] that can be seen from [the |road]
+[A |sheep] in [a closed off |pen]
+[A partially eaten and peeled |banana]
+[a rusted and broken |car]
+[a pull out |couch] and [an old broken down |bus]
+[A |child] with [various |yard decorations] some of which look like [|fish].
+[Herd of |zebras] in [nearby |grass]
+[|Noodles] with [|chop sticks]
 [a winding |path] up [a |hill]
 [a still |lake] and [an upright |piano]
 [an orange no |parking sign]

@@ -82,7 +82,7 @@ def build(published, words, folder):
     shape = {"vit": f"vit_{VITS[image_width]}_patch16_224", "width": width, "data": "coco"}
     shape |= {"text_layers": text_layers, "fusion_layers": fusion_layers, "lr": 1e-5}
     shape |= {"cam_layer": (fusion_layers - 1) // 2, "image_size": 16 * math.isqrt(places - 1)}
-    options = hist.Options(**hist.presets("coco", "albef") | shape | {"out": str(folder)})
+    options = hist.Options(**hist.presets(shape | {"out": str(folder)}))
     torch.manual_seed(0)
     model = hist.ALBEF(options, hist.Tokenizer(words))
     ours = model.state_dict().keys()
