@@ -133,11 +133,6 @@ MASKED_SHARE = 0.3  # of a text's words; BERT masks 0.15, but phrases are short
 LONGEST_WORD = 100  # letters: BERT does not look for pieces of a longer one
 
 
-def split_words(text):
-    """The parser's own tokens in lower case: a phrase has the same words as its caption."""
-    return [text[start:end].lower() for start, end in parse.tokenize(text)]
-
-
 def pad(rows, value=0):
     """Lists of numbers as one tensor (n, longest)."""
     return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value)
@@ -153,7 +148,7 @@ class Tokenizer:
         """words: in the order of ids, SPECIAL first; or BERT's, known by pieces like "##ing"."""
         self.words = list(words)
         self.ids = {word: i for i, word in enumerate(self.words)}
-        self.split, self.end = split_words, []  # what cuts a text into words, and what ends it
+        self.split, self.end = parse.split_words, []  # cuts a text into words; ends its ids
         if any(word.startswith("##") for word in self.words):
             insist(self.words[0] == "[PAD]", "the first word of a vocabulary must be [PAD]")
             self.cls_id, self.mask_id, self.unk_id = (self.ids[name] for name in self.SPECIAL[1:])
@@ -162,7 +157,7 @@ class Tokenizer:
     @classmethod
     def build(cls, captions, size):
         """A tokenizer of the `size` words that are most frequent in the captions."""
-        count = Counter(word for caption in captions for word in split_words(caption))
+        count = Counter(word for caption in captions for word in parse.split_words(caption))
         return cls(cls.SPECIAL + [word for word, _ in count.most_common(size)])
 
     def encode(self, text):
@@ -228,7 +223,7 @@ LEVELS = {
 @lru_cache(maxsize=1 << 16)
 def text_key(text):
     """An integer, equal for texts that are one: case and a leading article do not count."""
-    words = text.lower().split()
+    words = parse.split_words(text)
     if len(words) > 1 and words[0] in ("a", "an", "the"):
         words = words[1:]
     digest = hashlib.blake2b(" ".join(words).encode("utf-8", "replace"), digest_size=7)
@@ -1011,7 +1006,7 @@ def common_answers(records, tokenizer):
     said = Counter()
     for record in records if isinstance(records, list) else []:
         for question in record.get("questions", []):
-            said.update(question["answers"])
+            said.update(map(str.strip, question["answers"]))
     return [answer for answer, _ in said.most_common() if answer in tokenizer.ids][:ANSWERS]
 
 
@@ -1442,7 +1437,8 @@ def add_instances(records, path, skipped):
             x0, y0, x1, y1 = box = cut_box([x, y, x + width, y + height], size)
             part = [[x0, y0, x1, y0, x1, y1, x0, y1]]
             with blaming(("mask", where), skipped):
-                decode_mask({"size": size, "parts": [entry["segmentation"]]})
+                drawn = decode_mask({"size": size, "parts": [entry["segmentation"]]})
+                insist(drawn.any(), "it has no pixel")
                 part = entry["segmentation"]
             empty = {"phrase": phrase, "boxes": [], "mask": {"size": size, "parts": []}}
             target = targets.setdefault((entry["image_id"], phrase), empty)
@@ -1485,8 +1481,9 @@ def read_record(line, folder):
     for target in targets:
         good = target["phrase"].strip() and target["boxes"]
         insist(good, '"targets": a target is {"phrase": …, "boxes": [[x0, y0, x1, y1], …]}')
-        for _, _, x1, y1 in target["boxes"]:
-            insist(max(x1, y1) > 1, '"boxes" are in pixels: these look like shares of the picture')
+        for box in target["boxes"]:
+            shares = all(0 <= edge <= 1 for edge in box)
+            insist(not shares, '"boxes" are in pixels: these look like shares of the picture')
     for question in record.get("questions") or []:
         good = isinstance(question["text"], str) and question["kind"] and question["answers"]
         good = good and all(isinstance(answer, str) for answer in question["answers"])
@@ -1538,8 +1535,9 @@ def load_pixels(image, upright=False):
                 picture = ImageOps.exif_transpose(picture)
             picture.getexif().pop(0x0112, None)  # or PIL turns a TIFF as it loads it
         if picture.mode[0] in "IF":  # 16 bits, or floats, which convert() would cut
-            grey = np.nan_to_num(np.asarray(picture, dtype=float), posinf=0)
-            white = min((top for top in (1, 255, 65_535) if grey.max() <= top), default=grey.max())
+            grey = np.nan_to_num(np.asarray(picture.convert("F")), posinf=0)
+            whites = (top for top in (1, 255) if grey.max() <= 1.05 * top)
+            white = next(whites, grey.max())
             grey = 255 * (grey / white).clip(0, 1)
             picture = Image.fromarray(grey.round().astype(np.uint8))
         if picture.has_transparency_data:
@@ -1592,7 +1590,7 @@ def usable_targets(record, size, skipped):
 def write_whole(path, data):
     """Write text, or a checkpoint, to a temporary file that then takes the name: whatever has the
     name is whole. UserError where that fails, as on a full disk."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with blaming(f"{path} could not be written, the one before is kept"):
         try:
             with open(part, "wb") as file:
@@ -1745,6 +1743,13 @@ class CommandLine(argparse.ArgumentParser):
         raise UserError(f"{message}; python hist.py --help lists the options")
 
 
+def use_any_console():
+    """A letter that the console does not have is shown as "?", and ends nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has every letter
+            stream.reconfigure(errors="replace")
+
+
 def saved_options(out):
     """What the run in a folder was told; None where there is none."""
     path = Path(out) / "options.json"
@@ -1754,9 +1759,7 @@ def saved_options(out):
 def parse_options(argv=None):
     """The Options of a command: what was typed; else, for one that goes on from a run, that run's;
     else what suits the data."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has every letter, a console may not
-            stream.reconfigure(errors="replace")
+    use_any_console()
     formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=29)
     cli = CommandLine(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     for f in fields(Options):
@@ -1824,6 +1827,18 @@ def check_options(options):
     insist(not there, "--init: it lies in --out, which a run empties; say another --out")
 
 
+def is_another_process(number):
+    there = number.isdigit() and int(number) != os.getpid()
+    if there and os.name != "nt":  # there it would end the process that it asks after
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # of another person's
+            return True
+    return there
+
+
 @contextmanager
 def only_writer(out):
     """No other run writes into a folder meanwhile: a file there holds the number of the process,
@@ -1831,11 +1846,7 @@ def only_writer(out):
     lock = out / "running"
     holder = lock.read_text() if lock.exists() else ""
     said = f"another run writes into {out}, process {holder}; if it does not, delete {lock}"
-    with suppress(ProcessLookupError, PermissionError):
-        if holder not in ("", str(os.getpid())):
-            if os.name != "nt":  # there it would end the process that it asks after
-                os.kill(int(holder), 0)
-            raise UserError(said)
+    insist(not is_another_process(holder), said)
     out.mkdir(parents=True, exist_ok=True)
     lock.write_text(str(os.getpid()))
     try:
@@ -1980,7 +1991,13 @@ def sentence(error):
     memory = (MemoryError, torch.OutOfMemoryError)
     if isinstance(error, memory) or "allocate memory" in said:
         return f"out of memory: lower --batch-size or --image-size, or raise --accumulate: {said}"
-    lost = ("DataLoader worker (pid", "DataLoader timed out", "shared memory", "open files")
+    lost = (
+        "DataLoader worker (pid",
+        "DataLoader timed out",
+        "shared memory",
+        "open files",
+        "ancdata",
+    )
     if isinstance(error, ConnectionError) or any(text in said for text in lost):
         how = "--workers 0 does without; docker run --shm-size 8g gives them more shared memory, "
         how += "ulimit -n 4096 more open files"

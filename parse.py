@@ -121,11 +121,12 @@ WORDS = {
     VERB: """ate became began blew broke came chose drank drove fell felt flew gave got grew laid
     meant met ran rang rode said sang sank sat saw shook slept slid spent spoke stole stood struck
     stuck swam swore threw took tore went withdrew woke won wore wrote""",
-    PARKED: """beaten bent bitten blown born bought bound broken brought built burnt caught chosen
-    clad cut dealt done drawn driven dug eaten fallen fed flown forgotten found frozen given gone
-    grown held hidden hung inlaid kept known laden laid led lit lost made overgrown paid proven put
-    rebuilt ridden seen sent set shaken shot shown shut sold split sprung spun stolen strewn strung
-    stuck sunk swept taken taught thrown told torn won worn woven written""",
+    PARKED: """beaten bent bitten blown born bought bound broken brought built burnt caught
+    chosen clad cut dealt done drawn driven dug eaten fallen fed flown forgotten found frozen
+    given gone grown held hidden hung inlaid kept known laden laid led lit lost made overgrown
+    paid proven put rebuilt redone ridden seen sent set shaken shot shown shut sold split sprung
+    spun stolen strewn strung stuck sunk swept taken taught thrown told torn won worn woven
+    written""",
     PAINTING: """awning bedding building carving ceiling clothing covering crossing drawing dressing
     dwelling earring etching filling flooring frosting icing landing lettering lighting lining
     netting opening painting paneling plumbing pudding railing ring scaffolding seating serving
@@ -217,12 +218,12 @@ ACTIVITIES = """biking boarding climbing diving fishing sailing shopping skating
     """.split()
 # Words that belong to the noun after them: "hot dog" is a subject.
 FIXED = with_plurals("""back-ground bedroom-set big-ben big-rig boarding-pass brief-case
-    brush-set chess-set chop-stick close-up cookware-set dinner-set double-decker drum-set
-    flat-screen french-fries german-shepherd gift-set golden-gate golden-retriever half-pipe
-    high-chair high-rise hot-dog knife-set light-bulb light-fixture light-house light-pole
-    light-post light-switch measuring-cup mixing-bowl mountain-pass new-york orange-juice
-    orange-peel orange-slice polar-bear rear-view running-shoe sheet-set smart-phone
-    stainless-steel swim-trunk swing-set tea-set teddy-bear television-set third-base
+    brush-set chess-set clothes-line chop-stick close-up cookware-set dinner-set double-decker
+    drum-set flat-screen french-fries german-shepherd gift-set golden-gate golden-retriever
+    half-pipe high-chair high-rise hot-dog knife-set light-bulb light-fixture light-house
+    light-pole light-post light-switch little-league measuring-cup mixing-bowl mountain-pass
+    new-york orange-juice orange-peel orange-slice polar-bear rear-view running-shoe sheet-set
+    smart-phone stainless-steel swim-trunk swing-set tea-set teddy-bear television-set third-base
     throw-blanket throw-pillow tool-set top-hat towel-set train-set wet-suit wild-flower""")
 # "a group of people" is one phrase, and people is its subject.
 QUANTITY = with_plurals("""abundance amount array assortment batch bit bite brood bunch bundle chunk
@@ -315,12 +316,12 @@ Phrase = namedtuple("Phrase", "text span subject subject_span")
 Parse = namedtuple("Parse", "caption tokens phrases")
 
 # A word with its hyphens, apostrophes and decimals; an abbreviation with its dots; 's; any sign;
-# each with the fillers of `as_read`.
+# each with the fillers (U+200B) of `as_read`.
 WORD = "[^\\W_]+(?:\u200b+[^\\W_]+)*"
 TOKEN = re.compile(
     rf"(?:(?:and/or|w/o?)(?![^\W_])|{WORD}(?:\u200b*[-']\u200b*(?!s\b){WORD}|[.,:/](?=\d)\d+"
     r"|\.(?<=\b(?:[Ss]t|[DdMm]r)\.)|(?<=\b[A-Za-z])\.(?:[A-Za-z]\.)+)*|'\u200b*s\b|\S)"
-    "[\u200b\u2063]*"
+    "\u200b*"
 )
 ENTITY = re.compile(r"(&(?:#\d{1,7}|#[xX][\da-fA-F]{1,6}|[A-Za-z]\w{1,30});)")
 SAME = str.maketrans("’‘ʼ´`‐‑", "'" * 5 + "--")
@@ -328,10 +329,11 @@ SAME = str.maketrans("’‘ʼ´`‐‑", "'" * 5 + "--")
 
 @lru_cache(maxsize=1 << 16)
 def fold(sign):
-    """A letter without its accent; U+200B for what is not seen; an entity, filled with them."""
+    """A letter without its accent; U+200B for what is not seen; an entity, filled with them, or
+    spaces for a space or no character."""
     if len(sign) > 1:
-        seen = html.unescape(sign)[:1].strip()  # nothing for a space, or for no character
-        return (fold(seen) if seen else "\u2063").ljust(len(sign), "\u200b")
+        seen = html.unescape(sign)[:1].strip()
+        return fold(seen).ljust(len(sign), "\u200b") if seen else " " * len(sign)
     unseen = unicodedata.category(sign) in ("Mn", "Me", "Cf")
     return "\u200b" if unseen else unicodedata.normalize("NFD", sign)[0].translate(SAME)
 
@@ -347,6 +349,13 @@ def as_read(caption):
 def tokenize(caption):
     """Offsets [(start, end), …] of the words and signs of a caption; [] when there are none."""
     return [match.span() for match in TOKEN.finditer(as_read(caption))]
+
+
+def split_words(caption, spans=None):
+    """Its words and signs (those at the spans) as the rules read them: small, plain letters."""
+    plain = as_read(caption)
+    words = [plain[start:end].lower() for start, end in spans or tokenize(caption)]
+    return words if plain is caption else [word.replace("\u200b", "") for word in words]
 
 
 @lru_cache(maxsize=1 << 16)
@@ -487,6 +496,7 @@ RULES = (
     (ORANGE, BE + DEGREE, ANY, ADJ),  # is *orange*
     (NOUN, ADJ, THINGS, ADJ, lambda at: at.word in FORMS),  # a long *sleeve* shirt
     (NOUN + ORANGE + RIDE, NOUNS + BE + VERB, RIDING, ADV, lambda at: at.after in ACTIVITIES),
+    (NOUN, NUM, THINGS, ADJ, lambda at: at.before2 in SINGULAR),  # a two *way* street
     (NOUN, COMMA + MARK, ADJ, ADJ, lambda at: not at.after2),  # a bowl, *dishwasher* safe
     (NOUN, DET, PLURAL, NUM, lambda at: at.word in ("couple", "dozen")),  # a *couple* umbrellas
     (NOUN, PLURAL + INF, OPENERS, VERB),  # to *pedal* a bike
@@ -520,6 +530,7 @@ RULES = (
     (CONJ, NOUN, NOUN + ORANGE, COMPOUND, lambda at: at.after2 in DISHES),  # ham *and* egg pie
     (PARKED, ANY, THINGS, NOUN, lambda at: at.word == "led"),  # an *LED* lamp
     (PARKED, AMID + VERB + ING, NEXT, PARTICIPLE),  # *parked* cars
+    (PARKED, BE, NEXT, PARTICIPLE, lambda at: at.before2 == "there"),  # there are *parked* cars
     (PARKED, ARTICLES, UP + PREP, PARTICIPLE, lambda at: at.right2 in NOUNS + ADJ),
     # an old *broken* down bus
     (PARKED, ADJ, UP, PARTICIPLE, lambda at: at.right2 in NOUNS and at.after != "by"),
@@ -688,11 +699,8 @@ def parse(caption):
 
     Phrases are slices of the caption as given: one over an HTML entity has the entity in it.
     """
-    plain = as_read(caption)
     spans = tokenize(caption)
-    words = [plain[start:end].lower() for start, end in spans]
-    if plain is not caption:
-        words = [re.sub("[\u200b\u2063]", "", word) for word in words]
+    words = split_words(caption, spans)
     sort = classify_in_title if is_title(caption, spans) else classify
     tags = decide(words, [*map(sort, words)])
     tokens = [Token(caption[a:b], a, b, tag) for (a, b), tag in zip(spans, tags)]
@@ -772,10 +780,14 @@ def refine(words, tags):
             tags[i] = ADJ
         elif word == "both" and tags[i] == ADV:
             tags[i] = BOTH
+        elif tags[i] == ADJ and tags[i - 1] == NUM and classify(word) == NOUN:
+            tags[i] = NOUN  # a two story house
         elif tags[i] == ADV and after in ACTIVITIES:
             tags[i] = ICE
-        elif word in ("no", "and"):
-            tags[i] = LEXICON["the" if word == "no" else "and"]
+        elif word == "no":
+            tags[i] = DET
+        elif word == "and":
+            tags[i] = CONJ  # ham and egg pie
         elif word in ("after", "before") and after in ("he", "she", "they", "we"):
             tags[i] = SUB
         elif tags[i] == PREP and tags[i - 1] in VERB + ING + PAST:
@@ -831,7 +843,7 @@ class Grower:
                         self.hang(member, chain, "conj")
             elif not self.labels[i]:
                 inner = tag == DET and i > first or tag == NOUN and CONJ in self.tags[first:i][-1:]
-                story = tag == NUM and "".join(self.tags[i + 1 : last + 1]) == NOUN * 2
+                story = tag == NUM and i + 1 < last and self.words[i - 1] in SINGULAR
                 near = tag == DEGREE or inner or tag == NOUN and after == PARTICIPLE
                 near = near or story and self.words[i] != "one"  # a three story house
                 self.hang(i, i + 1 if near else owner, INNER.get(tag, "compound"))
@@ -1083,7 +1095,8 @@ def read_lines(path):
     with open(0 if path == "-" else path, "rb") as file:
         wide = file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff")
         said = False
-        text = io.TextIOWrapper(file, "utf-16" if wide else "utf-8-sig", "surrogateescape")
+        how = ("utf-16", "replace") if wide else ("utf-8-sig", "surrogateescape")
+        text = io.TextIOWrapper(file, *how)
         for number, line in enumerate(text, 1):
             if not line.isascii() and re.search("[\udc80-\udcff]", line):
                 line = line.encode("utf-8", "surrogateescape").decode("latin-1")

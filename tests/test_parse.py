@@ -232,6 +232,9 @@ Theres [a |dog] on [the |bed].
 [A |child] with [various |yard decorations] some of which look like [|fish].
 [Herd of |zebras] in [nearby |grass]
 [|Noodles] with [|chop sticks]
+[A two burner |stove] on [a two way |street]
+There are [parked |cars] by [a |clothes line].
+[A |little league team] in [a redone |stadium]
 [a winding |path] up [a |hill]
 [a still |lake] and [an upright |piano]
 [an orange no |parking sign]

@@ -98,6 +98,7 @@ def build(published, words, folder):
 
 def main(argv):
     """Do what was typed; what stops it is said in one line, and the exit status is 2."""
+    hist.use_any_console()
     try:
         insist(len(argv) == 3, "python -m tests.paper.albef ALBEF.pth vocab.txt out/albef/base.pt")
         source, vocabulary, target = map(Path, argv)

@@ -22,6 +22,7 @@ No image is opened. What cannot be used is listed in ROOT/NAME.skipped.jsonl. RO
 import argparse
 import json
 import math
+import os
 import pickle
 import re
 import sys
@@ -34,6 +35,7 @@ import numpy as np
 from torchvision.datasets.utils import download_and_extract_archive
 
 import hist
+import parse
 from hist import UserError, blaming, insist
 
 
@@ -77,8 +79,8 @@ def stream(path, size=1 << 22):
     An object has at most 16 * size characters; UserError where the file is malformed, or cut."""
     decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
     number, at = 0, 1
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        text = more = file.read(size).lstrip()
+    with open(path, encoding="utf-8-sig") as file:
+        text = more = read_part(file, size).lstrip()
         insist(text.startswith("["), f"{path}: not a JSON list")
         while more:
             at = gap.match(text, at).end()
@@ -87,9 +89,20 @@ def stream(path, size=1 << 22):
                 number += 1
                 yield element
             except json.JSONDecodeError:  # malformed, or only cut where the part that is read ends
-                more = file.read(size) if len(text) - at < 16 * size else ""
+                more = read_part(file, size) if len(text) - at < 16 * size else ""
                 text, at = text[at:] + more, 0
     insist(text.strip() == "]", f"{path}: not JSON after {number} elements: {text[:40]!r}")
+
+
+def read_part(file, size):
+    try:
+        return file.read(size)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file.name}: {error}") from error
+
+
+def read_text(path):
+    return "\n".join(line for _, line in parse.read_lines(path))
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -132,7 +145,7 @@ def read_vg(root, skipped, exclude=""):
 def excluded_images(root, exclude):
     """Ids of images listed, one a line or as JSON, by this id or COCO's (from image_data.json)."""
     with blaming(f"--exclude {exclude}"):
-        text = re.sub(r'[\[\]",]', " ", Path(exclude).read_text())
+        text = re.sub(r'[\[\]",]', " ", read_text(exclude))
         listed = {int(image_id) for image_id in text.split()}
     with blaming(root / "image_data.json"):
         told = [image for path in root.glob("image_data.json") for image in stream(path)]
@@ -149,11 +162,11 @@ def read_flickr30k(root, skipped):
     lists = need(root, "train.txt", "val.txt", "test.txt")
     (images,) = need(root, ("flickr30k-images", "flickr30k_images"))
     sentences, annotations = need(root, "Sentences", "Annotations")
-    texts = [(path.stem, path.read_text(errors="replace")) for path in lists]
+    texts = [(path.stem, read_text(path)) for path in lists]
     for split, name in [(split, name) for split, text in texts for name in text.split()]:
         with blaming(("image", name), skipped):
             image = inside(images, f"{name}.jpg")
-            text = inside(sentences, f"{name}.txt").read_text(encoding="utf-8")
+            text = read_text(inside(sentences, f"{name}.txt"))
             captions = [clean(MENTION.sub(r"\3", row)) for row in text.splitlines() if row.strip()]
             insist(captions, f"{name}.txt in {sentences} has no caption")
             boxes = {}
@@ -362,7 +375,7 @@ NEEDED = {"vg": ["train"], "flickr30k": ["train", "val", "test"], "karpathy": ["
 def convert(read, name, root, max_bad):
     """Write ROOT/NAME.jsonl of what read(root, skipped) yields; {split: images written}. UserError
     where more than max_bad of the images, or all of a split, cannot be used."""
-    part, listed = root / f"{name}.jsonl.tmp", root / f"{name}.skipped.jsonl"
+    part, listed = root / f"{name}.jsonl.{os.getpid()}.part", root / f"{name}.skipped.jsonl"
     insist(root.is_dir(), f"there is no folder {root}")
     listed.unlink(missing_ok=True)
     skipped, splits, seen = hist.Skipped(listed, max_bad), Counter(), set()
@@ -394,6 +407,7 @@ def convert(read, name, root, max_bad):
 
 def main(argv=None):
     """Do what was typed; what stops it is said in one line, and the exit status is 2."""
+    hist.use_any_console()
     look = {"usage": argparse.SUPPRESS, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser("convert", description=__doc__, **look)
     parser.add_argument("name", choices=[*READERS, "coco"])
