@@ -316,12 +316,12 @@ Phrase = namedtuple("Phrase", "text span subject subject_span")
 Parse = namedtuple("Parse", "caption tokens phrases")
 
 # A word with its hyphens, apostrophes and decimals; an abbreviation with its dots; 's; any sign;
-# each with the fillers (U+200B) of `as_read`.
+# each with the fillers of `as_read`.
 WORD = "[^\\W_]+(?:\u200b+[^\\W_]+)*"
 TOKEN = re.compile(
     rf"(?:(?:and/or|w/o?)(?![^\W_])|{WORD}(?:\u200b*[-']\u200b*(?!s\b){WORD}|[.,:/](?=\d)\d+"
     r"|\.(?<=\b(?:[Ss]t|[DdMm]r)\.)|(?<=\b[A-Za-z])\.(?:[A-Za-z]\.)+)*|'\u200b*s\b|\S)"
-    "\u200b*"
+    "[\u200b\u2063]*"
 )
 ENTITY = re.compile(r"(&(?:#\d{1,7}|#[xX][\da-fA-F]{1,6}|[A-Za-z]\w{1,30});)")
 SAME = str.maketrans("’‘ʼ´`‐‑", "'" * 5 + "--")
@@ -329,11 +329,10 @@ SAME = str.maketrans("’‘ʼ´`‐‑", "'" * 5 + "--")
 
 @lru_cache(maxsize=1 << 16)
 def fold(sign):
-    """A letter without its accent; U+200B for what is not seen; an entity, filled with them, or
-    spaces for a space or no character."""
+    """A letter without its accent; U+200B for what is not seen; an entity, filled with them."""
     if len(sign) > 1:
-        seen = html.unescape(sign)[:1].strip()
-        return fold(seen).ljust(len(sign), "\u200b") if seen else " " * len(sign)
+        seen = html.unescape(sign)[:1].strip()  # nothing for a space, or for no character
+        return (fold(seen) if seen else "\u2063").ljust(len(sign), "\u200b")
     unseen = unicodedata.category(sign) in ("Mn", "Me", "Cf")
     return "\u200b" if unseen else unicodedata.normalize("NFD", sign)[0].translate(SAME)
 
@@ -355,7 +354,7 @@ def split_words(caption, spans=None):
     """Its words and signs (those at the spans) as the rules read them: small, plain letters."""
     plain = as_read(caption)
     words = [plain[start:end].lower() for start, end in spans or tokenize(caption)]
-    return words if plain is caption else [word.replace("\u200b", "") for word in words]
+    return words if plain is caption else [re.sub("[\u200b\u2063]", "", word) for word in words]
 
 
 @lru_cache(maxsize=1 << 16)
@@ -829,7 +828,9 @@ class Grower:
                 self.hang(i, i - 1, "case")
                 self.hang(i - 1, owner, "nmod:poss")
                 owner = i - 1
-            elif tag == PARTICIPLE and classify(self.words[i]) in PREP + UP:
+            elif (
+                tag == PARTICIPLE and self.words[i] != "like" and classify(self.words[i]) in PLACES
+            ):
                 self.hang(i, i - 1, "compound:prt")  # a fenced in area
             elif tag == MARK:  # a "stop" sign
                 closes = MARK in self.tags[first:i]

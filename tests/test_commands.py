@@ -249,12 +249,21 @@ def test_two_runs_do_not_write_into_one_folder(run_here, capsys):
         assert "out/scenes/running" in said and contents(run_here) == before
 
 
-@pytest.mark.parametrize("left", ["a process that is gone", "its own number", "nothing"])
+def test_a_run_of_another_person_holds_its_folder_too(run_here, capsys, monkeypatch):
+    def kill(number, signal):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", kill)
+    (run_here / "running").write_text("123456")
+    assert "process 123456" in refused(capsys, "--resume", "--device", "cpu", "--steps", "9")
+
+
+@pytest.mark.parametrize("left", ["a process that is gone", "its own number", "nothing", "a word"])
 def test_the_lock_of_a_run_that_was_killed_does_not_hold(run_here, left):
     """Its own number: of a container that was started again."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    number = {"its own number": os.getpid(), "nothing": ""}.get(left, ended.pid)
+    number = {"its own number": os.getpid(), "nothing": "", "a word": left}.get(left, ended.pid)
     (run_here / "running").write_text(str(number))
     hist.main(["--resume", "--device", "cpu"])
     assert not (run_here / "running").exists()

@@ -358,7 +358,7 @@ class Known(torch.nn.Module):
         return [V.view(1, -1, 1, 1, 1)]
 
     def match(self, T, mask, image_kv):
-        rows = image_kv[0].flatten().long()
+        rows = image_kv[0].flatten().long().expand(len(T))
         self.asked += list(zip(rows.tolist(), T.tolist()))
         likes = -(T // 2 - rows).abs().float()
         return torch.stack([-likes, likes], 1), None
