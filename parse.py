@@ -44,37 +44,43 @@ UP, NEARBY, BACK, RIGHT, HAS, CAN, ALL, ONE, THAT, HER, TO, GENITIVE_S, QUOTE = 
 # Words by class: those of 20,012 COCO captions and the most frequent of a general list (wordfreq),
 # where ENDINGS err and it matters. Of verbs: the class of the word and of its form in -s.
 VERBS = {
-    (VERB, VERB): """accept add adjust admire allow announce appear applaud apply approach arrange
-    arrive assemble assist attempt attend avoid bake bathe become beg believe billow blame bring
-    build buy carry carve celebrate chew choose chop clash collapse collect come compare compete
-    confirm connect consist contain continue crawl create crouch decorate deliver demonstrate depict
-    describe destroy dig dine discuss dodge dominate don doze drape dribble drift eat embrace engage
-    engulf enjoy ensure enter entertain evacuate examine expect explain explore extend fail fill
-    find fix flow follow gallop gather gaze gesture get give glide go grab grapple graze grow guide
-    hang happen hear herd hike hold hover huddle ignite ignore include indicate insert inspect
-    install interact investigate invite jog join juggle jut keep kneel knit know laugh launch lay
-    lean learn let lick lie listen lose love make maneuver march mean melt mention merge mingle
-    munch navigate nod observe occupy occur operate overlook pass pay peck peer perch perform plunge
-    portray pour prepare produce protrude prove provide put raise react read receive recover reflect
-    relax remain remove require resemble respond retrieve reveal roam rotate say scatter scramble
-    scrub see seek seem sell send sew shave shear sing sip sit snuggle soar socialize speak spend
-    splash sprint squeeze stay steal steer stir submit suck surround survive sway swim take teach
-    tell tend think throw try unload unveil wade wander want wear weave wrestle write""",
-    (RIDE, RIDES): """attack balance bark battle beat bend bite blow bounce brace brush bump capture
-    cast catch change chase chat cheer claim clap climb combine cook crash cross cut dance display
-    dive drag draw drive escape exhibit exit face fall feature feed fight finish flip float fly gain
-    glance greet grin heat help hit hop hug hunt hurt joust jump kick kiss lead leap lift look
-    lounge measure move nap parade pause peek photograph pick play plow point poke pose practice
-    pull push race reach repair rescue rest return ride rip rise roast rub run salute scan search
-    serve shake shine shoot shout show slap sleep slide smell smile snap sniff sort spin squat stand
-    stare start stretch strike stroll struggle support surf suspect sweep swing tackle talk taste
-    tear tilt toss touch tow travel turn use vie visit vote wait walk wash watch welcome whisper
-    wipe work yawn""",
-    (RIDE, LIGHTS): """bat block board comb cover crowd dart dress drink drop fence film fry glow
-    grill guard knot land leave light line load mirror mount pack paddle paint park pet pitch place
-    plant post pump rally roll row sail sample share shop shovel shred signal skate sketch ski slice
-    sling smoke sport spray spread sprinkle stack stalk step stick stitch stop tie trail train trek
-    trick trim tug type view wave whisk""",
+    (VERB, VERB): """accept add adjust admire allow announce appear applaud apply approach
+    arrange arrive ascend assemble assist attempt attend avoid bake bathe become beg believe
+    billow blame bring build bury buy carry carve celebrate chew choose chop clash collapse
+    collect collide come compare compete confirm connect consist contain continue crawl create
+    crouch decorate deliver demolish demonstrate depart depict descend describe destroy detain
+    dig dine discuss dodge dominate don douse doze drape dribble drift eat embrace engage
+    engulf enjoy ensure enter entertain evacuate examine expect explain explore extend
+    extinguish fail fill find fix flee flow follow gallop gather gaze gesture get give glide go
+    grab grapple graze grow guide hang happen haul heal hear herd hike hold hover huddle ignite
+    ignore include indicate inject insert inspect install interact investigate invite irrigate
+    jog join juggle jut keep knead kneel knit know laugh launch lay lean learn let lick lie
+    listen lose love make maneuver march mean melt mention merge mingle mourn mow munch
+    navigate nibble nod observe occupy occur operate overlook pass pay peck peer perch perform
+    pluck plunge portray pour pray prepare produce protrude prove provide put raise react read
+    receive recover reflect relax remain remove require resemble respond retrieve reveal rinse
+    roam rotate say scatter scramble scrub sculpt see seek seem sell send sew shave shear sing
+    sip sit snuggle soar socialize sow speak spend splash sprint squeeze stay steal steer stir
+    strum submit suck surround survive sway swerve swim take teach tell tend think throw topple
+    trawl try tumble unfurl unload untie unveil unwrap vaccinate wade wander want wear weave
+    weld wrestle write""",
+    (RIDE, RIDES): """arrest attack balance bark battle beat bend bite blow bounce brace brush
+    bump capture cast catch change chant chase chat cheer claim clap climb combine cook crash
+    cross cut dance display dive drag draw drive dunk escape escort exhibit exit face fall
+    feature feed fight finish flap flip float fly gain glance greet grin growl harvest heat
+    help hit hoist hop hug hunt hurt interview joust jump kick kiss lead leap lift look lounge
+    lunge measure move nap parade patrol pause peek photograph pick play plow point poke pose
+    practice pull punch punt push race reach release repair rescue rest return ride rip rise
+    roast rub run salute scan scratch search serve shake shine shoot shout show slap sleep
+    slide smash smell smile snap sniff sort spill spin squat stand stare start stretch strike
+    stroll struggle support surf suspect sweep swing tackle talk taste tear tilt toss touch tow
+    travel turn use vie visit vote wait walk wash watch welcome whisper wipe work yawn""",
+    (RIDE, LIGHTS): """bat block board comb cover crowd dart dress drill drink drop fence film
+    fry glow grill guard hammer knot land leave light line load mirror mop mount pack paddle
+    paint park pet pitch place plant post pump rake rally roll row sail sample share shop
+    shovel shred signal skate sketch ski slice sling smoke sport spray spread sprinkle stack
+    stalk step stick stitch stop tie trail train trap trek trick trim tug type vacuum view wave
+    whisk""",
 }
 WORDS = {
     ADJ: """able accurate adjacent afghan african ajar alert alive alpine amber american artisan
@@ -218,13 +224,14 @@ ACTIVITIES = """biking boarding climbing diving fishing sailing shopping skating
     """.split()
 # Words that belong to the noun after them: "hot dog" is a subject.
 FIXED = with_plurals("""back-ground bedroom-set big-ben big-rig boarding-pass brief-case
-    brush-set chess-set clothes-line chop-stick close-up cookware-set dinner-set double-decker
+    brush-set chess-set chop-stick close-up clothes-line cookware-set dinner-set double-decker
     drum-set flat-screen french-fries german-shepherd gift-set golden-gate golden-retriever
     half-pipe high-chair high-rise hot-dog knife-set light-bulb light-fixture light-house
     light-pole light-post light-switch little-league measuring-cup mixing-bowl mountain-pass
-    new-york orange-juice orange-peel orange-slice polar-bear rear-view running-shoe sheet-set
-    smart-phone stainless-steel swim-trunk swing-set tea-set teddy-bear television-set third-base
-    throw-blanket throw-pillow tool-set top-hat towel-set train-set wet-suit wild-flower""")
+    new-york orange-juice orange-peel orange-slice polar-bear rear-view rolling-pin
+    running-shoe sheet-set smart-phone stainless-steel swim-trunk swing-set tea-set teddy-bear
+    television-set third-base throw-blanket throw-pillow tool-set top-hat towel-set train-set
+    wet-suit wild-flower""")
 # "a group of people" is one phrase, and people is its subject.
 QUANTITY = with_plurals("""abundance amount array assortment batch bit bite brood bunch bundle chunk
     cluster clutch collection colony convoy couple crowd dash dollop dozen drove expanse fleet
@@ -428,7 +435,7 @@ def feeds(at):
 
 def acts(at):
     """Some who act as one, or one with a word that is mostly a verb: see a child *stand* on it."""
-    verb = LEXICON.get(at.word + "s") == RIDES and at.tags[at.index + 1] in PLACES
+    verb = LEXICON.get(at.word + "s") == RIDES and at.tags[at.index + 1] in PLACES + SUB
     return at.before in ("family", "team", "crowd", "couple") or verb and at.before in PEOPLE
 
 
@@ -515,7 +522,7 @@ RULES = (
     (RIDE, NOUN, OPENERS + PRON, VERB, lambda at: is_person(at.before)),  # a man *beat* it
     (RIDE, NOUN, FOLLOWS, VERB, acts),  # the family *wave* from
     (RIDE, NOUN + COMMA, OPENERS + PLACES, VERB, after_two),  # a man and a woman *ride* on
-    (RIDE + LIGHTS + PLURAL, NOUN, PLACES + OPENERS + NOUN, VERB, in_clothes),
+    (RIDE + LIGHTS + PLURAL, NOUN, PLACES + OPENERS + THINGS, VERB, in_clothes),
     (PAINTING, PLURAL + BE + PRON + VERB, ANY, ING),  # people *painting*
     (PAINTING, NOUN, OPENERS, ING),  # a worker *painting* a wall
     (PAINTING, NOUN, ANY, ING, lambda at: at.before in MOVERS),  # a man *painting*
