@@ -44,37 +44,40 @@ UP, NEARBY, BACK, RIGHT, HAS, CAN, ALL, ONE, THAT, HER, TO, GENITIVE_S, QUOTE = 
 # Words by class: those of 20,012 COCO captions and the most frequent of a general list (wordfreq),
 # where ENDINGS err and it matters. Of verbs: the class of the word and of its form in -s.
 VERBS = {
-    (VERB, VERB): """accept add adjust admire allow announce appear applaud apply approach
-    arrange arrive ascend assemble assist attempt attend avoid bake bathe become beg believe
-    billow blame bring build bury buy carry carve celebrate chew choose chop clash collapse
-    collect collide come compare compete confirm connect consist contain continue crawl create
-    crouch decorate deliver demolish demonstrate depart depict descend describe destroy detain
-    dig dine discuss dodge dominate don douse doze drape dribble drift eat embrace engage
-    engulf enjoy ensure enter entertain evacuate examine expect explain explore extend
-    extinguish fail fill find fix flee flow follow gallop gather gaze gesture get give glide go
-    grab grapple graze grow guide hang happen haul heal hear herd hike hold hover huddle ignite
-    ignore include indicate inject insert inspect install interact investigate invite irrigate
-    jog join juggle jut keep knead kneel knit know laugh launch lay lean learn let lick lie
-    listen lose love make maneuver march mean melt mention merge mingle mourn mow munch
-    navigate nibble nod observe occupy occur operate overlook pass pay peck peer perch perform
-    pluck plunge portray pour pray prepare produce protrude prove provide put raise react read
-    receive recover reflect relax remain remove require resemble respond retrieve reveal rinse
-    roam rotate say scatter scramble scrub sculpt see seek seem sell send sew shave shear sing
-    sip sit snuggle soar socialize sow speak spend splash sprint squeeze stay steal steer stir
-    strum submit suck surround survive sway swerve swim take teach tell tend think throw topple
-    trawl try tumble unfurl unload untie unveil unwrap vaccinate wade wander want wear weave
-    weld wrestle write""",
+    (VERB, VERB): """accept accuse add adjust admire allow ambush announce appear applaud apply
+    approach arrange arrive ascend assemble assist attempt attend avoid bake bathe become beg
+    believe billow blame bring build bury buy carry carve celebrate chew choose chop clash
+    clean clear collapse collect collide come commemorate compare compete conceal confirm
+    connect consist contain continue crawl create crouch declare decorate defend deliver
+    demolish demonstrate depart depict descend describe destroy detain dig dine discover
+    discuss dismantle distribute dodge dominate don donate douse doze drape dribble drift eat
+    embrace engage engulf enjoy ensure enter entertain evacuate examine excavate expect explain
+    explore expose extend extinguish fail fill find fix flee flow follow forgive gallop gather
+    gaze gesture get give glide go grab grapple graze grow guide hang happen haul heal hear
+    herd hide hike hold hover huddle ignite ignore include indicate inject insert inspect
+    install interact interrogate invade investigate invite irrigate jog join juggle jut keep
+    knead kneel knit know laugh launch lay lean learn let liberate lick lie listen locate lose
+    love make maneuver march mean melt mention merge mingle mourn mow munch navigate nibble nod
+    observe occupy occur operate overlook pass pay peck peer perch perform pluck plunge portray
+    pour pray prepare produce protect protrude prove provide put raise react read rebuild
+    receive recover recycle reflect relax remain remove replace require resemble respond
+    restore retrieve reveal rinse roam rotate say scatter scramble scrub sculpt see seek seem
+    sell send sew shave shear sing sip sit snuggle soar socialize sow speak spend splash sprint
+    squeeze stay steal steer stir strum submit suck surround survive sway swerve swim take
+    teach tell tend thank think throw topple trawl try tumble unearth unfurl unload untie
+    unveil unwrap vaccinate vandalize wade wander want wear weave weld wrestle write""",
     (RIDE, RIDES): """arrest attack balance bark battle beat bend bite blow bounce brace brush
-    bump capture cast catch change chant chase chat cheer claim clap climb combine cook crash
-    cross cut dance display dive drag draw drive dunk escape escort exhibit exit face fall
-    feature feed fight finish flap flip float fly gain glance greet grin growl harvest heat
-    help hit hoist hop hug hunt hurt interview joust jump kick kiss lead leap lift look lounge
-    lunge measure move nap parade patrol pause peek photograph pick play plow point poke pose
-    practice pull punch punt push race reach release repair rescue rest return ride rip rise
-    roast rub run salute scan scratch search serve shake shine shoot shout show slap sleep
-    slide smash smell smile snap sniff sort spill spin squat stand stare start stretch strike
-    stroll struggle support surf suspect sweep swing tackle talk taste tear tilt toss touch tow
-    travel turn use vie visit vote wait walk wash watch welcome whisper wipe work yawn""",
+    bump burn capture cast catch change chant chase chat cheer claim clap climb combine cook
+    crash cross cut dance display dive drag draw drive dunk escape escort exhibit exit face
+    fall feature feed fight finish flap flip float fly gain glance greet grin growl harvest
+    heat help hit hoist honor hop hug hunt hurt interview joust jump kick kiss lead leap lift
+    look lounge lunge measure move nap parade patrol pause peek photograph pick play plow point
+    poke pose practice pull punch punt push race raid reach release repair rescue rest return
+    ride rip rise roast rub run salute scan scratch search serve shake shine shoot shout show
+    slap sleep slide smash smell smile snap sniff sort spill spin squat stand stare start
+    stretch strike stroll struggle support surf suspect sweep swing tackle talk taste tear tilt
+    toss touch tow travel turn use vie visit vote wait walk wash watch welcome whisper wipe
+    work yawn""",
     (RIDE, LIGHTS): """bat block board comb cover crowd dart dress drill drink drop fence film
     fry glow grill guard hammer knot land leave light line load mirror mop mount pack paddle
     paint park pet pitch place plant post pump rake rally roll row sail sample share shop
@@ -487,6 +490,7 @@ RULES = (
     (ADV, DET + POSS, STARTS, ADJ),  # a *still* lake
     (ADJ, NOUNS, RIGHT, ADV, lambda at: at.word in LOCATIONS),  # zebra *bottom* left
     (ADJ, NOUN, ANY, NOUN, lambda at: at.word in LOCATIONS),  # a hill *top*
+    (ADJ, ADJ + PARTICIPLE, FOLLOWS + RIDING, NOUN, lambda at: at.word == "top"),  # a pink *top*
     (ADJ, DET, RIDING, NOUN, lambda at: at.word in LOCATIONS),  # the *middle* holding a bat
     (ADJ, DET + POSS, PLACES + VERB + MARK, NOUN, lambda at: at.word[-1] in "yl"),  # a *guppy* in
     (ADJ, DET, ANY, PRON, lambda at: at.before == "each" and at.word == "other"),  # each *other*
@@ -653,7 +657,8 @@ def is_thing(words, tags, first, last, subject):
     if row or after == "of" and word in ("corner", "form", "shape"):
         return False  # in a row, at the corner of
     if word in LOCATIONS and subject == last:
-        return not {POSS, GENITIVE, OWNER}.isdisjoint(tags[first:last])
+        worn = word == "top" and not {ADJ, PARTICIPLE}.isdisjoint(tags[first:last])  # a pink top
+        return worn or not {POSS, GENITIVE, OWNER}.isdisjoint(tags[first:last])
     bare = word in BARE and LEXICON.get(before) in (PREP, LINK)
     return first < last or not (bare or word in BALL_SPORTS)
 

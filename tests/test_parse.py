@@ -233,6 +233,11 @@ Theres [a |dog] on [the |bed].
 [Herd of |zebras] in [nearby |grass]
 [|Noodles] with [|chop sticks]
 [A two burner |stove] on [a two way |street]
+[A |woman] in [a pink |top] with [a |hat]
+[|Farmers] harvest [|wheat] with [a |combine].
+[|Guards] in [|riot gear] stand guard near [a |gate].
+[|Supporters] of [the |leader] cheer as [the |bus] passes [a |gate].
+[|Volunteers] distribute [|blankets] beside [a |rolling pin].
 There are [parked |cars] by [a |clothes line].
 [A |little league team] in [a redone |stadium]
 [a winding |path] up [a |hill]
