@@ -235,7 +235,7 @@ Theres [a |dog] on [the |bed].
 [A two burner |stove] on [a two way |street]
 [A |woman] in [a pink |top] with [a |hat]
 [|Farmers] harvest [|wheat] with [a |combine].
-[|Guards] in [|riot gear] stand guard near [a |gate].
+[|Officers] in [|riot gear] stand guard near [a |gate].
 [|Supporters] of [the |leader] cheer as [the |bus] passes [a |gate].
 [|Volunteers] distribute [|blankets] beside [a |rolling pin].
 There are [parked |cars] by [a |clothes line].
