@@ -268,7 +268,7 @@ def deeper():
 @pytest.mark.parametrize(
     "make, said",
     [
-        (lambda: torch.randn(3), "attribute 'get'"),
+        (lambda: torch.randn(3), "no dictionary of weights"),
         (lambda: {"weight": torch.randn(3)}, "no text_encoder"),
         (lambda: without("text_encoder"), "no text_encoder"),
         (lambda: without("itm_head"), "match_head.bias"),

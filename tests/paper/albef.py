@@ -1,11 +1,10 @@
 """ALBEF's published checkpoint (github.com/salesforce/ALBEF) as one of hist.py, to be fine-tuned.
 
     python -m tests.paper.albef ALBEF.pth vocab.txt out/albef/base.pt
-    python hist.py --ground PICTURE "a dog" "a red ball" --out out/albef
     python hist.py --data coco --root PATH_TO_COCO --init out/albef/base.pt --lr 1e-5
 
-Or refcoco.pth, or a retrieval checkpoint; vocab.txt is bert-base-uncased's. It writes options.json
-beside base.pt, and the same as baseline.pt, which --ground and --eval-only look for: before HIST.
+Or refcoco.pth, or a retrieval checkpoint; vocab.txt is bert-base-uncased's. baseline.pt beside it
+is the same, for --ground and --eval-only before HIST.
 """
 
 import json
@@ -104,6 +103,7 @@ def main(argv):
         source, vocabulary, target = map(Path, argv)
         words = vocabulary.read_text(encoding="utf-8").rstrip("\n").split("\n")
         published = torch.load(source, map_location="cpu", weights_only=True)
+        insist(isinstance(published, dict), "it is no dictionary of weights")
         state = build(published.get("model", published), words, target.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         for path in {target, target.with_name("baseline.pt")}:
