@@ -626,8 +626,8 @@ def level_losses(model, image_features, image_kv, text, language, hardness):
 def composition_losses(model, teacher, V, pair, cam_layer):
     """The composition loss; and figures that show a collapse which the loss would reward: map_mass
     (sum of the composite's M), map_entropy (1: flat), trust (the pairs' weight).
-    The parts' maps are the teacher's, frozen, on the image tokens V (B, N, D) of the model in
-    training: with the model's own, they flatten along with the composite's."""
+    The parts' maps are a frozen teacher's, on the image tokens V (B, N, D) of the model in training:
+    with its own, they flatten along with the composite's. Teacher and trust are not the paper's."""
     with torch.autocast(V.device.type, enabled=False):  # the gradient of a gradient, in float32
         V = V.float()
         teacher_kv = teacher.project_image(V.detach())
@@ -688,7 +688,7 @@ def learning_rate(step, steps, peak):
 
 
 def make_teacher(model):
-    """A copy of all but the image encoder, to stay as it is; see `composition_losses`."""
+    """A copy of all but the image encoder, which stays as it is; see `composition_losses`."""
     teacher = copy.deepcopy(model).eval()
     teacher.vit = nn.Identity()
     return teacher
@@ -702,8 +702,8 @@ def loader(samples, options, first, last):
 
 
 def loss_weights(levels, composition):
-    """The weights that are not 1: composition's, lambda, and that of matching captions, as many as
-    levels are matched: phrases and subjects, which are easier, would take the match head over."""
+    """The weights that are not 1: lambda, and, which the paper has not, that of matching captions,
+    the number of levels: phrases and subjects, which are easier, would take the match head over."""
     return {"composition": composition, "caption_itm": len(LEVELS.keys() & levels)}
 
 
