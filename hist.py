@@ -627,7 +627,7 @@ def composition_losses(model, teacher, V, pair, cam_layer):
     """The composition loss; and figures that show a collapse which the loss would reward: map_mass
     (sum of the composite's M), map_entropy (1: flat), trust (the pairs' weight).
     The parts' maps are a frozen teacher's, on image tokens V (B, N, D) of the model in training:
-    with its own maps, they flatten along with the composite's. Teacher and trust are not the paper's."""
+    with its own maps, they flatten with the composite's. Teacher and trust are not the paper's."""
     with torch.autocast(V.device.type, enabled=False):  # the gradient of a gradient, in float32
         V = V.float()
         teacher_kv = teacher.project_image(V.detach())
