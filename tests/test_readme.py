@@ -48,7 +48,7 @@ def test_it_has_what_a_reader_looks_for():
     readme = README.read_text(encoding="utf-8")
     for text in (
         "pip install -r requirements.txt && python hist.py",
-        "pip install -r requirements.txt && python -m pytest",
+        "pip install -r requirements.txt && python -m pytest -n auto --dist loadfile",
         "python hist.py --ground PICTURE",
         "python hist.py --data my.jsonl",
         "python -m tests.paper.ablate --seeds 5",
