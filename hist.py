@@ -1536,7 +1536,7 @@ def load_pixels(image, upright=False):
             picture.getexif().pop(0x0112, None)  # or PIL turns a TIFF as it loads it
         if picture.mode[0] in "IF":  # 16 bits, or floats, which convert() would cut
             grey = np.nan_to_num(np.asarray(picture.convert("F")), posinf=0)
-            whites = (top for top in (1, 255) if grey.max() <= 1.05 * top)
+            whites = (top for top in (1, 255) if grey.max() <= 1.05 * top)  # a little above is white
             white = next(whites, grey.max())
             grey = 255 * (grey / white).clip(0, 1)
             picture = Image.fromarray(grey.round().astype(np.uint8))
@@ -1991,13 +1991,7 @@ def sentence(error):
     memory = (MemoryError, torch.OutOfMemoryError)
     if isinstance(error, memory) or "allocate memory" in said:
         return f"out of memory: lower --batch-size or --image-size, or raise --accumulate: {said}"
-    lost = (
-        "DataLoader worker (pid",
-        "DataLoader timed out",
-        "shared memory",
-        "open files",
-        "ancdata",
-    )
+    lost = "DataLoader worker (pid|DataLoader timed out|shared memory|open files|ancdata".split("|")
     if isinstance(error, ConnectionError) or any(text in said for text in lost):
         how = "--workers 0 does without; docker run --shm-size 8g gives them more shared memory, "
         how += "ulimit -n 4096 more open files"
