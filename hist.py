@@ -1536,7 +1536,7 @@ def load_pixels(image, upright=False):
             picture.getexif().pop(0x0112, None)  # or PIL turns a TIFF as it loads it
         if picture.mode[0] in "IF":  # 16 bits, or floats, which convert() would cut
             grey = np.nan_to_num(np.asarray(picture.convert("F")), posinf=0)
-            whites = (top for top in (1, 255) if grey.max() <= 1.05 * top)  # a little above is white
+            whites = (top for top in (1, 255) if grey.max() <= 1.05 * top)  # or so
             white = next(whites, grey.max())
             grey = 255 * (grey / white).clip(0, 1)
             picture = Image.fromarray(grey.round().astype(np.uint8))
