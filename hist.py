@@ -1555,7 +1555,7 @@ def read_image(image, side, crop=None):
         top = crop.randint(0, pixels.shape[1] - height)
         left = crop.randint(0, pixels.shape[2] - width)
         pixels = pixels[:, top : top + height, left : left + width]
-    return TF.resize(pixels, [side, side], TF.InterpolationMode.BICUBIC)
+    return TF.resize(pixels, [side, side], antialias=True)
 
 
 def usable(records, options, skipped):
