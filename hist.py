@@ -1382,7 +1382,7 @@ def blaming(what, skipped=None):
 def read_json(path, *names):
     """The lists of these names in a JSON file; UserError with the file, the line and the fault."""
     with blaming(f"{path}: no JSON object with {names}"):
-        data = json.loads("\n".join(line for _, line in parse.read_lines(path)))
+        data = json.loads(parse.read_text(path))
         return [list(data[name]) for name in names]
 
 
@@ -1946,7 +1946,7 @@ def report(options, records, held_out, skipped):
     if skipped.count():
         print(f"{skipped.count()} images could not be used; {skipped.path} lists them")
     if len(splits) == 1:
-        results = measures
+        (results,) = splits.values()
     write_whole(out / "results.json", json.dumps(results, indent=1))
     several = [record for record in held_out if len(record["targets"]) > 1] or held_out
     draw_grounding(models, tokenizer, several[:8], options, out / "grounding.png")

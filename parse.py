@@ -546,7 +546,7 @@ RULES = (
     (PARKED, ADJ, UP, PARTICIPLE, lambda at: at.right2 in NOUNS and at.after != "by"),
     (PARKED, ARTICLES, CONJ, PARTICIPLE, lambda at: at.right2 in PARKED + ADJ),  # a *cut* and dried
     (PARKED, DEGREE, CONJ, PARTICIPLE, lambda at: at.left2 in ARTICLES),  # a partly *eaten* and
-    (RIDE, ARTICLES + ADJ, UP, PARTICIPLE, lambda at: at.right2 in NOUNS),  # a *stand* up board
+    (RIDE, ARTICLES + ADJ, UP, PARTICIPLE, lambda at: at.right2 in NOUNS),  # a *stand* up shower
     (UP, ADJ, NOUNS, PARTICIPLE, lambda at: at.left2 in ARTICLES),  # a closed *off* pen
     (PREP + UP, PARTICIPLE, ANY, PARTICIPLE),  # a fenced *in* area
     (PARKED, ARTICLES, RIGHT, PARTICIPLE),  # a *broken* left wing
@@ -1119,12 +1119,17 @@ def read_lines(path):
             yield number, line.rstrip("\n")
 
 
+def read_text(path):
+    """The lines of `read_lines` as one text."""
+    return "\n".join(line for _, line in read_lines(path))
+
+
 def read_captions(path):
     """Yields the captions of COCO's .json, of .jsonl records or of a text's lines."""
     name, lines = str(path), read_lines(path)
     try:
         if name.endswith(".json"):
-            rows = json.loads("\n".join(line for _, line in lines))["annotations"]
+            rows = json.loads(read_text(path))["annotations"]
         elif name.endswith(".jsonl"):
             rows = (json.loads(line) for _, line in lines if line.strip())
         else:

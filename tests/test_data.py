@@ -278,7 +278,7 @@ def test_the_vocabulary_has_words_as_the_parser_reads_them():
     one, other = "a cat's café by a fireman", "a cat&#39;s cafe\u0301 by a fire\u200bman"
     tokenizer = hist.Tokenizer.build([one], 99)
     assert tokenizer.encode(other) == tokenizer.encode(one)
-    assert tokenizer.unk_id not in tokenizer.encode("the cat’s CAFÉ".replace("the", "a"))
+    assert tokenizer.unk_id not in tokenizer.encode("a cat’s CAFÉ")
     assert hist.text_key(other) == hist.text_key(one) == hist.text_key(one.replace("'", "’"))
 
 

@@ -80,8 +80,8 @@ def build(published, words, folder):
     insist(text_layers, "all of its layers look at the image, as BLIP's do")
     shape = {"vit": f"vit_{VITS[image_width]}_patch16_224", "width": width, "data": "coco"}
     shape |= {"text_layers": text_layers, "fusion_layers": fusion_layers, "lr": 1e-5}
-    shape |= {"cam_layer": (fusion_layers - 1) // 2, "image_size": 16 * math.isqrt(places - 1)}
-    options = hist.Options(**hist.presets(shape | {"out": str(folder)}))
+    shape |= {"image_size": 16 * math.isqrt(places - 1), "out": str(folder)}
+    options = hist.Options(**hist.presets(shape))
     torch.manual_seed(0)
     model = hist.ALBEF(options, hist.Tokenizer(words))
     ours = model.state_dict().keys()

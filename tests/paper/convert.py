@@ -101,10 +101,6 @@ def read_part(file, size):
         raise UserError(f"{file.name}: {error}") from error
 
 
-def read_text(path):
-    return "\n".join(line for _, line in parse.read_lines(path))
-
-
 class PlainUnpickler(pickle.Unpickler):
     """A pickle may name any function to be called. Here it is refused: plain data are built."""
 
@@ -145,7 +141,7 @@ def read_vg(root, skipped, exclude=""):
 def excluded_images(root, exclude):
     """Ids of images listed, one a line or as JSON, by this id or COCO's (from image_data.json)."""
     with blaming(f"--exclude {exclude}"):
-        text = re.sub(r'[\[\]",]', " ", read_text(exclude))
+        text = re.sub(r'[\[\]",]', " ", parse.read_text(exclude))
         listed = {int(image_id) for image_id in text.split()}
     with blaming(root / "image_data.json"):
         told = [image for path in root.glob("image_data.json") for image in stream(path)]
@@ -162,11 +158,11 @@ def read_flickr30k(root, skipped):
     lists = need(root, "train.txt", "val.txt", "test.txt")
     (images,) = need(root, ("flickr30k-images", "flickr30k_images"))
     sentences, annotations = need(root, "Sentences", "Annotations")
-    texts = [(path.stem, read_text(path)) for path in lists]
+    texts = [(path.stem, parse.read_text(path)) for path in lists]
     for split, name in [(split, name) for split, text in texts for name in text.split()]:
         with blaming(("image", name), skipped):
             image = inside(images, f"{name}.jpg")
-            text = read_text(inside(sentences, f"{name}.txt"))
+            text = parse.read_text(inside(sentences, f"{name}.txt"))
             captions = [clean(MENTION.sub(r"\3", row)) for row in text.splitlines() if row.strip()]
             insist(captions, f"{name}.txt in {sentences} has no caption")
             boxes = {}
