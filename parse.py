@@ -45,103 +45,100 @@ UP, NEARBY, BACK, RIGHT, HAS, CAN, ALL, ONE, THAT, HER, TO, GENITIVE_S, QUOTE = 
 # where ENDINGS err and it matters. Of verbs: the class of the word and of its form in -s.
 VERBS = {
     (VERB, VERB): """accept accuse add adjust admire allow ambush announce appear applaud apply
-    approach arrange arrive ascend assemble assist attempt attend avoid bake bathe become beg
-    believe billow blame bring build bury buy carry carve celebrate chew choose chop clash
-    clean clear collapse collect collide come commemorate compare compete conceal confirm
-    connect consist contain continue crawl create crouch declare decorate defend deliver
-    demolish demonstrate depart depict descend describe destroy detain dig dine discover
-    discuss dismantle distribute dodge dominate don donate douse doze drape dribble drift eat
-    embrace engage engulf enjoy ensure enter entertain evacuate examine excavate expect explain
-    explore expose extend extinguish fail fill find fix flee flow follow forgive gallop gather
-    gaze gesture get give glide go grab grapple graze grow guide hang happen haul heal hear
-    herd hide hike hold hover huddle ignite ignore include indicate inject insert inspect
-    install interact interrogate invade investigate invite irrigate jog join juggle jut keep
-    knead kneel knit know laugh launch lay lean learn let liberate lick lie listen locate lose
-    love make maneuver march mean melt mention merge mingle mourn mow munch navigate nibble nod
-    observe occupy occur operate overlook pass pay peck peer perch perform pluck plunge portray
-    pour pray prepare produce protect protrude prove provide put raise react read rebuild
-    receive recover recycle reflect relax remain remove replace require resemble respond
-    restore retrieve reveal rinse roam rotate say scatter scramble scrub sculpt see seek seem
-    sell send sew shave shear sing sip sit snuggle soar socialize sow speak spend splash sprint
-    squeeze stay steal steer stir strum submit suck surround survive sway swerve swim take
-    teach tell tend thank think throw topple trawl try tumble unearth unfurl unload untie
-    unveil unwrap vaccinate vandalize wade wander want wear weave weld wrestle write""",
-    (RIDE, RIDES): """arrest attack balance bark battle beat bend bite blow bounce brace brush
-    bump burn capture cast catch change chant chase chat cheer claim clap climb combine cook
-    crash cross cut dance display dive drag draw drive dunk escape escort exhibit exit face
-    fall feature feed fight finish flap flip float fly gain glance greet grin growl harvest
-    heat help hit hoist honor hop hug hunt hurt interview joust jump kick kiss lead leap lift
-    look lounge lunge measure move nap parade patrol pause peek photograph pick play plow point
-    poke pose practice pull punch punt push race raid reach release repair rescue rest return
-    ride rip rise roast rub run salute scan scratch search serve shake shine shoot shout show
-    slap sleep slide smash smell smile snap sniff sort spill spin squat stand stare start
-    stretch strike stroll struggle support surf suspect sweep swing tackle talk taste tear tilt
-    toss touch tow travel turn use vie visit vote wait walk wash watch welcome whisper wipe
-    work yawn""",
-    (RIDE, LIGHTS): """bat block board comb cover crowd dart dress drill drink drop fence film
-    fry glow grill guard hammer knot land leave light line load mirror mop mount pack paddle
-    paint park pet pitch place plant post pump rake rally roll row sail sample share shop
-    shovel shred signal skate sketch ski slice sling smoke sport spray spread sprinkle stack
-    stalk step stick stitch stop tie trail train trap trek trick trim tug type vacuum view wave
-    whisk""",
+    approach arrange arrive ascend assemble assist attempt attend avoid bake bathe become beg belch
+    believe billow blame bring build bury buy carry carve celebrate chew choose chop clash clean
+    clear collapse collect collide come commemorate compare compete conceal confirm connect consist
+    contain continue crawl create crouch declare decorate defend deliver demolish demonstrate depart
+    depict descend describe destroy detain dig dine discover discuss dismantle distribute dodge
+    dominate don donate douse doze drape dribble drift eat embrace engage engulf enjoy ensure enter
+    entertain evacuate examine excavate expect explain explore expose extend extinguish fail fill
+    find fix flee flow follow forgive gallop gather gaze gesture get give glide go grab grapple
+    graze grow hang happen haul heal hear herd hide hike hold hover huddle ignite ignore include
+    indicate inject insert inspect install interact interrogate invade investigate invite irrigate
+    jog join juggle jut keep knead kneel know laugh launch lay lean learn let liberate lick lie
+    listen locate lose love make march mean melt mention merge mingle mourn mow munch navigate
+    nibble nod observe occupy occur operate overlook pass pay peck peer perch perform pluck plunge
+    portray pour pray prepare produce protect protrude prove provide put raise react read rebuild
+    receive recover recycle reflect relax remain remove replace require resemble respond restore
+    retrieve reveal rinse roam rotate say scatter scramble scrub sculpt see seek seem sell send sew
+    shave shear sing sip sit snuggle soar socialize sow speak spend splash sprint squeeze stay steal
+    steer stir strum submit suck surround survive sway swerve swim take teach tell tend thank think
+    throw topple trawl try tumble unearth unfurl unload untie unveil unwrap vaccinate vandalize wade
+    wander want wear weave weld wrestle write""",
+    (RIDE, RIDES): """arrest attack balance bark battle beat bend bite blow bounce brace brush bump
+    burn capture cast catch change chant chase chat cheer claim clap climb combine cook crash cross
+    cut dance display dive drag draw drive dunk escape escort exhibit exit face fall feature feed
+    fight finish flap flip float fly gain glance greet grin growl guide harvest heat help hit hoist
+    honor hop hug hunt hurt interview joust jump kick kiss lead leap lift look lounge lunge maneuver
+    measure move nap parade patrol pause peek photograph pick play plow point poke pose practice
+    pull punch punt push race raid reach release repair rescue rest return ride rip rise roast rub
+    run salute scan scratch search serve shake shine shoot shout show slap sleep slide smash smell
+    smile snap sniff sort spill spin squat stand stare start stretch strike stroll struggle support
+    surf suspect sweep swing tackle talk taste tear tilt toss touch tow travel trot turn use vie
+    visit vote wait walk wash watch welcome whisper wipe work yawn""",
+    (RIDE, LIGHTS): """bat block board comb cover crowd dart dress drill drink drop fence film fry
+    glow grill guard hammer knot land leave light line load mirror mop mount pack paddle paint park
+    pet pitch place plant post pump rake rally roll row sail sample share shop shovel shred signal
+    skate sketch ski slice sling smoke sport spray spread sprinkle stack stalk step stick stitch
+    stop tie trail train trap trek trick trim tug type vacuum view wave whisk""",
 }
 WORDS = {
-    ADJ: """able accurate adjacent afghan african ajar alert alive alpine amber american artisan
-    asian asleep awake aware awkward bad bald bare barefoot baroque barren beige best better big
-    bitter bizarre black bland blank bleak blind blond blonde blue blunt bottom brave brief bright
-    broad broke bronze brown brunette buddhist calico calm casual center certain cheap chic clean
-    clear clever close closed coarse cold common compact complete complex cool copper corporate
-    correct crimson crisp crude cuban cute cyan czech damp dark dead decent deep delicate dense
-    desolate desperate different diverse drab dual dull dumb dutch early eastern elaborate elderly
-    electric elegant enough entire equestrian european exact exquisite external extreme faint fair
-    fake familiar fancy far fast fat favorite feminine feral fertile few fierce fiery final fine
-    first flat foreign formal former fragile frantic free french fresh front full gay gentle german
-    glad gold golden good gourmet grand gray great greek green grey grim gross handheld handicap
-    handmade hard high hind hollow homemade hot huge human humane humid icy idle immature immense
-    important indian indoor inner intact intense intricate inverted iraqi irish israeli jewish jolly
-    jumbo juvenile khaki korean large last late latin lavender lightweight little live lone long
-    loose loud low lunar lush magenta main major makeshift manual maroon masculine mature medium
-    mellow metropolitan mexican middle mild mini minor mixed mobile modern modest moist much multi
-    multiple muslim mute naked narrow nearest neat neon new next nice northeastern northwestern odd
-    old only opaque open opposite optic oral ornate other outdoor outer overcast overgrown overripe
-    overweight own pakistani pale parallel pastel peculiar perfect petite pink pinkish plain plush
-    poor posh pristine private prominent proper proud public pure purple quaint quick quiet rare raw
-    real recent red retro rich ripe roman rotten rough round rundown sad safe same secluded second
-    separate several severe shallow sharp sheer shorn short sick silent silver similar simple single
-    sleek slender slick slight slim slow small smart smiley smooth soft solar solemn solid somber
-    sore southeastern spare sparse spicy squat stale stark steep sterling stiff straight strange
-    stray striped strong subtle suburban such sudden superb sure sweet swift swiss swollen syrian
-    tall tan teal teenage tender thick thin third tibetan tight top trim triple true turquoise twin
-    ugly uneven unfinished unique unisex unknown unmade unripe upper upscale upside urban vast
-    victorian vintage vivid warm weak weird western wet white whole wicker wide wild wooden woolen
-    wrong yellow young""",
-    NOUN: """academy animal army assembly baby balcony belly biopsy body boundary buddy buggy bunny
-    butterfly canal candy canopy canvas cathedral cereal ceremony charcoal cherry christmas cleaner
-    colony comedy comic company cooler coral corral county crystal curry daddy dairy daisy deputy
-    diary doggy duckling dumpling economy elephant embassy enemy evening fairy family ferry
-    foreigner galaxy garlic garnish gas germany goldfish gravy herring holly hospital hungary husky
-    infant italy ivy jelly king kitty lady lens liberty library lily liver lobby locomotive medal
-    memorial metal morning mosaic mummy mural music numeral opener owner party patty penny picnic
-    piggy plastic plenty pony poppy president priest primer property puppy quarry rally restaurant
-    ruby sapling seedling shed shelving sibling sky sled spring spy stable student study supply
-    tabby teddy teenager terminal thing topper traffic trolly vegetable viking warmer whisky""",
+    ADJ: """able accurate adjacent afghan african ajar alert alive alpine amber american amish
+    artisan asian asleep awake aware awkward bad bald bare barefoot baroque barren beige best better
+    big bitter bizarre black bland blank bleak blind blond blonde blue blunt bottom brave brief
+    bright broad broke bronze brown brunette buddhist calico calm casual center certain cheap chic
+    clean clear clever close closed coarse cold common compact complete complex cool copper
+    corporate correct crimson crisp crude cuban cute cyan czech damp dark dead decent deep delicate
+    dense desolate desperate different diverse drab dual dull dumb dutch early eastern elaborate
+    elderly electric elegant emo enough entire equestrian european exact exquisite external extreme
+    faint fair fake familiar fancy far fast fat favorite feminine feral fertile few fierce fiery
+    final fine first flat flowery foreign formal former fragile frantic free french fresh front full
+    gay gentle german glad gold golden good gourmet grand gray great greek green grey grim gross
+    handheld handicap handmade hard high hind hollow homemade hot huge humane humid icy idle
+    immature immense important indian indoor inner intact intense intricate inverted iraqi irish
+    israeli jewish jolly jumbo juvenile khaki korean large last late latin lavender lightweight
+    little live lone long loose loud low lunar lush magenta main major makeshift manual maroon
+    masculine mature medium mellow metropolitan mexican middle mild mini minor mixed mobile modern
+    modest moist much multi multiple muslim mute naked narrow nearest neat neon new next nice
+    northeastern northwestern odd old only opaque open opposite optic oral ornate other outdoor
+    outer overcast overgrown overripe overweight own pakistani pale parallel pastel peculiar perfect
+    petite pink pinkish plush poor posh pristine private prominent proper proud public pure purple
+    quaint quick quiet rare raw real recent red retro rich ripe roman rotten rough round rundown sad
+    safe same secluded second separate seperate several severe shallow sharp sheer shorn short sick
+    silent silver similar simple single sleek slender slick slight slim slow small smart smiley
+    smooth soft solar solemn solid somber sore southeastern spare sparse spicy squat stale stark
+    steep sterling stiff straight strange stray striped strong subtle suburban such sudden superb
+    sure sweet swift swiss swollen syrian tall tan teal teenage tender thick thin third tibetan
+    tight top trim triple true turquoise twin ugly uneven unfinished unique unisex unknown unmade
+    unripe upper upscale upside urban vast victorian vintage vivid warm weak weird western wet white
+    whole wicker wide wild wooden woolen wrong yellow young""",
+    NOUN: """academy animal army assembly baby balcony belly biopsy blinder body boundary buddy
+    buggy bunny butterfly canal candy canopy canvas cathedral cereal ceremony charcoal cherry chevy
+    christmas cleaner colony comedy comic company cooler coral corral county crystal curry daddy
+    dairy daisy deputy diary doggy duckling dumpling economy elephant embassy enemy evening fairy
+    family ferry fondant foreigner galaxy garlic garnish gas germany goldfish gravy herring holly
+    hospital hungary husky infant italy ivy jelly king kitty lady lens liberty library lily liver
+    lobby locomotive medal memorial metal morning mosaic mummy mural music numeral opener owner
+    party patty penny picnic piggy plastic plateful plenty pony poppy president priest primer
+    property puppy quarry rally restaurant ruby sapling seedling shed shelving sibling sky sled
+    spring spy stable student study supply tabby teddy teenager terminal thing topper traffic trolly
+    vegetable viking warmer whisky""",
     PLURAL: """bison buffalo cattle children deer feet geese men mice people personnel police sheep
     teeth women""",
     VERB: """ate became began blew broke came chose drank drove fell felt flew gave got grew laid
     meant met ran rang rode said sang sank sat saw shook slept slid spent spoke stole stood struck
     stuck swam swore threw took tore went withdrew woke won wore wrote""",
-    PARKED: """beaten bent bitten blown born bought bound broken brought built burnt caught
-    chosen clad cut dealt done drawn driven dug eaten fallen fed flown forgotten found frozen
-    given gone grown held hidden hung inlaid kept known laden laid led lit lost made overgrown
-    paid proven put rebuilt redone ridden seen sent set shaken shot shown shut sold split sprung
-    spun stolen strewn strung stuck sunk swept taken taught thrown told torn won worn woven
-    written""",
+    PARKED: """beaten bent bitten blown born bought bound broken brought built burnt caught chosen
+    clad cut dealt done drawn driven dug eaten fallen fed flown forgotten found frozen given gone
+    grown held hidden hung inlaid kept knit known laden laid led lit lost made overgrown paid proven
+    put rebuilt redone ridden seen sent set shaken shot shown shut sold split sprung spun stolen
+    strewn strung stuck sunk swept taken taught thrown told torn won worn woven written""",
     PAINTING: """awning bedding building carving ceiling clothing covering crossing drawing dressing
     dwelling earring etching filling flooring frosting icing landing lettering lighting lining
     netting opening painting paneling plumbing pudding railing ring scaffolding seating serving
     setting siding string stuffing topping wedding wing writing""",
-    ORANGE: """adult antique female giant half light male miniature newborn orange oval plaid rear
-    square""",
+    ORANGE: """adult antique female giant half human light male miniature newborn orange oval plaid
+    plain rear square""",
     DET: "a an another any each either every neither some the these this those",
     POSS: "his its my our their whose your",
     PRON: """anyone eachother everyone everything he herself him himself i it itself me nobody
@@ -155,9 +152,9 @@ WORDS = {
     ADV: """abroad afar again ago ahead airborne alone also altogether always anywhere apart ashore
     aside away backstage downhill downstairs downward downwards else elsewhere even ever everywhere
     farther further halfway here how indoors instead just maybe meanwhile never not now often once
-    online onstage outdoors outward overnight perhaps rather sideways sometimes somewhere soon still
-    then there together too twice uphill upright upstairs upwards yet""",
-    NEARBY: "backward backwards forward nearby overhead underwater",
+    online onstage outdoors outward overnight perhaps probably rather sideways sometimes somewhere
+    soon still then there together too twice uphill upright upstairs upward upwards yet""",
+    NEARBY: "backward backwards forward nearby overhead underwater upside-down",
     DEGREE: "almost extra less more most no otherwise pretty quite so somewhat super very well",
     BE: "am are aren't be been being is isn't was wasn't were weren't",
     AUX: "can't cannot could didn't doesn't don't may might must should will won't would",
@@ -211,90 +208,96 @@ DEGREES = ("(er|est)$", ""), ("(?<=e)(r|st)$", ""), (r"(.)\1(er|est)$", r"\1"), 
 # chair") and after a preposition of place ("near loading dock").
 ING_ALWAYS = """baking charging cutting dining fishing frying gaming hiking living parking roasting
     rowing sewing shopping steering swimming vending""".split()
-ING_STATE = """amazing appearing barking billowing bleeding blinking blooming blossoming boiling
-    bouncing breaking burning cheering crashing crawling crumbling crying curving dangling drifting
-    dripping drooping dying eating fading falling flaming flashing floating flowing flying galloping
-    gleaming glistening glowing grinning hanging hovering incoming interesting jumping kneeling
-    laughing leaning leaping looking lounging lurking matching melting moving oncoming passing
-    peeling pouncing rising roaring rolling rotting running rushing screaming setting shining
-    sinking sitting sizzling smiling smoking soaring sparkling standing staring steaming striking
-    surrounding towering trailing twisting wagging walking weeping wilting winding working yawning
-    """.split()
+ING_STATE = """amazing appearing arriving barking billowing bleeding blinking blooming blossoming
+    boiling bouncing breaking burning cheering crashing crawling crumbling crying curving dangling
+    disturbing drifting dripping drooping dying eating fading falling flaming flashing floating
+    flowing flying galloping gleaming glistening glowing grinning hanging hovering incoming
+    interesting jumping kneeling laughing leaning leaping looking lounging lurking matching melting
+    moving oncoming passing peeling pouncing rising roaring rolling rotting running rushing
+    screaming setting shining sinking sitting sizzling smiling smoking soaring sparkling standing
+    staring steaming striking surrounding towering trailing twisting wagging walking weeping wilting
+    winding working yawning""".split()
 FORMS = ("down", "through", "fit", "length", "neck", "size", "sleeve", "story", "style")
 PLACING = ("by", "near", "beside", "at", "on", "in", "under", "behind")
-DISHES = with_plurals("casserole curry dish omelet pie pizza salad sandwich soup stew")
-ACTIVITIES = """biking boarding climbing diving fishing sailing shopping skating skiing surfing
-    """.split()
+DISHES = with_plurals(
+    "casserole curry dish dressing omelet pie pizza salad sandwich soup stew topping"
+)
+ACTIVITIES = """biking boarding climbing diving fishing sailing shopping skating skiing
+    surfing""".split()
 # Words that belong to the noun after them: "hot dog" is a subject.
-FIXED = with_plurals("""back-ground bedroom-set big-ben big-rig boarding-pass brief-case
-    brush-set chess-set chop-stick close-up clothes-line cookware-set dinner-set double-decker
-    drum-set flat-screen french-fries german-shepherd gift-set golden-gate golden-retriever
-    half-pipe high-chair high-rise hot-dog knife-set light-bulb light-fixture light-house
-    light-pole light-post light-switch little-league measuring-cup mixing-bowl mountain-pass
-    new-york orange-juice orange-peel orange-slice polar-bear rear-view rolling-pin
-    running-shoe sheet-set smart-phone stainless-steel swim-trunk swing-set tea-set teddy-bear
-    television-set third-base throw-blanket throw-pillow tool-set top-hat towel-set train-set
-    wet-suit wild-flower""")
+FIXED = with_plurals("""advertising-sign back-ground bedroom-set big-ben big-rig boarding-pass
+    brief-case brush-set chess-set chop-stick close-up clothes-line cookware-set dinner-set
+    double-decker drum-set flat-screen french-fries german-shepherd gift-set golden-gate
+    golden-retriever grizzly-bear half-pipe hash-brown high-chair high-rise hot-dog hot-rod
+    jumbo-jet knife-set light-bulb light-fixture light-house light-pole light-post light-switch
+    little-league measuring-cup mixing-bowl mountain-pass new-york orange-juice orange-peel
+    orange-slice polar-bear police-officer pork-chop rear-view rolling-pin running-shoe sheet-set
+    sitting-room smart-phone stainless-steel swim-trunk swing-set tea-set teddy-bear television-set
+    third-base throw-blanket throw-pillow tool-set tooth-brush top-hat towel-set train-set wet-suit
+    whole-wheat wild-flower wrestling-ring""")
 # "a group of people" is one phrase, and people is its subject.
 QUANTITY = with_plurals("""abundance amount array assortment batch bit bite brood bunch bundle chunk
     cluster clutch collection colony convoy couple crowd dash dollop dozen drove expanse fleet
-    flight flock fragment gaggle gang gathering group grouping half handful heap herd host hundred
-    kind line litter load lot million mob mound multitude number pack pair parade part party patch
-    piece pile pinch plenty pod portion pride procession rest row sampling scattering school scoop
-    scrap section selection series serving set shower slice sort splash sprig squad stack strand
-    stretch string strip swarm swirl tangle team thousand ton trio troop type variety wealth
+    flight flock fragment gaggle gang gathering group grouping half halve handful heap herd host
+    hundred kind line litter load lot million mob mound multitude number pack pair parade part party
+    patch piece pile pinch plenty pod portion pride procession rest row sampling scattering school
+    scoop scrap section selection series serving set shower slice sort splash sprig squad stack
+    strand stretch string strip swarm swirl tangle team thousand ton trio troop type variety wealth
     wedge""")
+SITES = ("line", "lot", "school", "section", "team")  # but not compounds: a parking *lot* of
 # A picture of a dog shows a dog: the dog is a phrase, the picture is none.
-PICTURES = with_plurals("""close close-up closeup footage image photo photograph pic picture
-    portrait screenshot selfie shot snapshot up view""")
+VIEWS = with_plurals("close close-up closeup footage screenshot selfie shot up view")
+PICTURES = VIEWS | with_plurals("image photo photograph pic picture portrait snapshot")
+AMONG = ("and", "beside", "between", "near", "some", "under", "with")  # a clock and a *photo*
 # Times, events, manners, sports, abstractions: one cannot point at them. Nor at what ends as they
 # do, but for CONCRETE.
 NOT_THINGS = with_plurals("""access accident adventure advice afternoon ages agreement aid aim air
     airstrike altitude am amazement anger anniversary appetite approach apr april arrival attack
-    attempt aug august backflip backhand badminton battle bc bce behavior benefit birth blast break
-    breath budget bunt c ca call campaign career carnival cartwheel cause century ceremony change
-    chase choice christmas cm color comment concept concern concert confinement confusion contact
-    contest contrast cost crash crime danger dawn death debate dec december decision decrease defeat
-    delay delight demand departure desire development disaster discussion disrepair dozen dunk dusk
-    earthquake easter effect effort employment entertainment era escape evening event example
-    excitement exercise explosion expression extension fashion fear feb february feel festival fight
-    final flight focus forehand freedom ft fun funeral future gallon game gb golf grace growth guilt
-    haircut halloween handstand harm health height help heritage history hockey homework hope hour
-    humor hunger hurricane hurry idea illusion impact inch incident increase interest interview
-    invasion issue jan january job joke journey joy july jump june justice kg kind kiss knowledge l
-    labor lack language laugh laughter launch lbs leisure length lesson level life liter look loss
-    luck m magic maneuver mar marathon marriage match matches matter mb memory midair midday midst
-    mind mission mistake ml mm mode moment month mood morning move movement mph music nap nature
-    need news noise noon notice nov november occasion oct october ollie opinion order origin
-    outbreak outskirts oz pace pain pandemic panic parade party passion past pcs peace penalty
-    percent picnic play pleasure pm politics possession poverty practice praise prayer premiere
-    pressure pride problem proceedings process progress promise proof protest prowess purpose
-    quarantine race rally rate reason recovery rehearsal research rest result retirement rhythm ride
-    role rule safety scent schedule search season sense sept september serve session shipment shock
-    show size skill sleep smell solitude somersault sort speech speed spirit strength stress strike
-    struggle stunt style success summer surgery surprise surroundings takeoff talk tantrum task
-    taste tb temperature tennis tension theme thought threat thrill time topic touch touchdown tour
-    tournament transit transport treatment trial trick trip trouble turn twilight type unison use
-    variety victory vigil vision visit volley vote wait wake war wealth weather wedding week weekend
-    wheelie will wind winter wish wonder work x year yoga""")
+    attempt aug august backflip backhand badminton battle bc bce behavior benefit birth bit blast
+    break breath budget bunt c ca call campaign career carnival cartwheel cause century ceremony
+    change chase choice christmas cm color comment concept concern concert confinement confusion
+    contact contest contrast cost crash crime danger dawn death debate dec december decision
+    decrease defeat delay delight demand departure desire detour development disaster discussion
+    disrepair dozen dunk dusk earthquake easter effect effort employment entertainment era escape
+    evening event example excitement exercise explosion expression extension fashion fear feb
+    february feel festival fight final flight focus forehand freedom ft fun funeral future gallon
+    game gb golf grace growth guilt haircut halloween handstand harm health height help heritage
+    history hockey homework hope hour humor hunger hurricane hurry idea illusion impact inch
+    incident increase interest internet interview invasion issue jan january job joke journey joy
+    july jump june justice kg kind kiss knowledge l labor lack language laugh laughter launch lbs
+    leisure length lesson level life liter look loss luck m magic maneuver mar marathon marriage
+    match matches matter mb memory midair midday midst mind mission mistake ml mm mode moment month
+    mood morning move movement mph music nap nature need news noise noon notice nov november
+    occasion oct october ollie olympic opinion order origin outbreak outskirts oz pace pain pandemic
+    panic parade party passion past pcs peace penalty percent pickup picnic play pleasure pm
+    politics possession poverty practice praise prayer premiere pressure pride problem proceedings
+    process progress promise proof protest prowess purpose quarantine race rally rate reason
+    recovery rehearsal research rest result retirement rhythm ride role rule safety scent schedule
+    search season sense sept september serve session shipment shock show size skill sleep smell
+    solitude somersault sort speech speed spirit strength stress strike struggle stunt style success
+    summer surgery surprise takeoff talk tantrum task taste tb temperature tennis tension theme
+    thought threat thrill time topic touch touchdown tour tournament transit transport treatment
+    trial trick trip trot trouble turn twilight type unison use variety victory videogame vigil
+    vision visit volley vote wait wake war wealth weather wedding week weekend wheelie will wind
+    winter wish wonder work x year yoga""")
 ABSTRACT = re.compile(
     r".*(?:ness|ism|[ae]nc(?:e|y|ie)|it(?:y|ie)|(?<!ic)ation|[^a]tion|(?:er|nd|on)ship|day|time"
     r"|(?<!k)night)s?$"
 )
-CONCRETE = with_plurals("""ambulance amenity appliance audience city collection community
+CONCRETE = with_plurals("""ambulance amenity appliance audience business city collection community
     construction contraption creation decoration entrance facility fence formation foundation
     guinness harness installation institution intersection junction location protection reflection
-    residence section station substance university vegetation wilderness witness""")
+    residence section station substance university vanity vegetation wilderness witness""")
 # Nor at words that place things, but at "his back"; nor, alone, at ball sports and, after a
 # preposition, at BARE ("on display"); nor at arrays ("in a row"), and what is taken ("a swing").
 LOCATIONS = with_plurals("""back bottom center centre distance edge end front inside left middle
-    outside rear right side top way""")
+    outside rear right side top way world""")
 BALL_SPORTS = with_plurals("baseball basketball football soccer softball volleyball")
-BARE = with_plurals("""bat bloom board class construction dinner display duty fire formation guard
-    half hand horseback lunch place row sale service sunrise sunset tow town""")
+BARE = """bat bloom board business class construction dinner display duty fire formation guard half
+    hand horseback lunch place row sale seating service sunrise sunset tow town""".split()
 ARRAYS = with_plurals("row line circle group pile")
-ACTS = with_plurals("""bath bite bow catch cut drink flip grip guard hit hug kiss leap look place
-    pose shot sip spill spin step swing thumb walk way""")
+ACTS = with_plurals("""bath bite bow catch charge cut drink flip grip guard hit hug kiss landing
+    leap look pitch place pose ride shot sip spill spin step swing thumb walk way""")
 TAKING = re.compile(
     "(?:attempt|do|gett?|giv|ha|hav|los|mak|perform|play|stand|strik|tak)(?:e?s|e|ing)?$"
     "|did|gave|got|took"
@@ -331,7 +334,7 @@ WORD = "[^\\W_]+(?:\u200b+[^\\W_]+)*"
 TOKEN = re.compile(
     rf"(?:(?:and/or|w/o?)(?![^\W_])|{WORD}(?:\u200b*[-']\u200b*(?!s\b){WORD}|[.,:/](?=\d)\d+"
     r"|\.(?<=\b(?:[Ss]t|[DdMm]r)\.)|(?<=\b[A-Za-z])\.(?:[A-Za-z]\.)+)*|'\u200b*s\b|\S)"
-    "[\u200b\u2063]*"
+    "\u200b*"
 )
 ENTITY = re.compile(r"(&(?:#\d{1,7}|#[xX][\da-fA-F]{1,6}|[A-Za-z]\w{1,30});)")
 SAME = str.maketrans("’‘ʼ´`‐‑", "'" * 5 + "--")
@@ -339,10 +342,10 @@ SAME = str.maketrans("’‘ʼ´`‐‑", "'" * 5 + "--")
 
 @lru_cache(maxsize=1 << 16)
 def fold(sign):
-    """A letter without its accent; U+200B for what is not seen; an entity, filled with them."""
+    """A letter without its accent; U+200B for what is not seen, and to fill an entity up."""
     if len(sign) > 1:
         seen = html.unescape(sign)[:1].strip()  # nothing for a space, or for no character
-        return (fold(seen) if seen else "\u2063").ljust(len(sign), "\u200b")
+        return fold(seen).ljust(len(sign), "\u200b") if seen else " " * len(sign)
     unseen = unicodedata.category(sign) in ("Mn", "Me", "Cf")
     return "\u200b" if unseen else unicodedata.normalize("NFD", sign)[0].translate(SAME)
 
@@ -364,7 +367,7 @@ def split_words(caption, spans=None):
     """Its words and signs (those at the spans) as the rules read them: small, plain letters."""
     plain = as_read(caption)
     words = [plain[start:end].lower() for start, end in spans or tokenize(caption)]
-    return words if plain is caption else [re.sub("[\u200b\u2063]", "", word) for word in words]
+    return words if plain is caption else [word.replace("\u200b", "") for word in words]
 
 
 @lru_cache(maxsize=1 << 16)
@@ -470,16 +473,33 @@ def compounds(at):
     if at.word in ING_ALWAYS:
         return at.left not in JOINTS + START + NOUN or at.before not in MOVERS
     placed = at.left in INSIDE + COMPOUND or at.before in PLACING
+    placed = placed and (at.before, at.left2) != ("by", PAST)
     return placed and at.word not in ING_STATE and at.after not in MOVERS
+
+
+def forms(at):
+    """With an adjective, it says how a thing is made: long *sleeve*, deep *dish*."""
+    return at.word in FORMS or f"{at.before} {at.word}" in ("deep dish", "high speed", "open air")
+
+
+def eats(at):
+    """One who did something else before: a man cutting and *eating* pizza."""
+    return at.word in ("eating", "flying", "smoking") and ING in at.tags[: at.index][-9:]
 
 
 def resembles(at):
     return at.word == "like" and at.before not in ("bit", "look")
 
 
+def is_unknown(at):
+    """Of ENDINGS only: a noun may end as an adjective does."""
+    return at.word[-1] in "yl" and at.word not in LEXICON
+
+
 def owns(at):
     """A person, and the apostrophe is missing: a *persons* back."""
-    return at.word == "mans" or at.before in ("a", "an") and is_person(at.word[:-1])
+    always = at.word in ("mans", "mens", "someones")
+    return always or at.before in ("a", "an") and is_person(at.word[:-1])
 
 
 # The class of a word, the tag before it, the class after it -> its tag; then what else must hold.
@@ -490,9 +510,9 @@ RULES = (
     (ADV, DET + POSS, STARTS, ADJ),  # a *still* lake
     (ADJ, NOUNS, RIGHT, ADV, lambda at: at.word in LOCATIONS),  # zebra *bottom* left
     (ADJ, NOUN, ANY, NOUN, lambda at: at.word in LOCATIONS),  # a hill *top*
-    (ADJ, ADJ + PARTICIPLE, FOLLOWS + RIDING, NOUN, lambda at: at.word == "top"),  # a pink *top*
+    (ADJ, ADJ + PARTICIPLE, FOLLOWS + RIDING, NOUN, lambda at: at.word in ("front", "top")),
     (ADJ, DET, RIDING, NOUN, lambda at: at.word in LOCATIONS),  # the *middle* holding a bat
-    (ADJ, DET + POSS, PLACES + VERB + MARK, NOUN, lambda at: at.word[-1] in "yl"),  # a *guppy* in
+    (ADJ, DET + POSS, PLACES + VERB + MARK, NOUN, is_unknown),  # a *guppy* in
     (ADJ, DET, ANY, PRON, lambda at: at.before == "each" and at.word == "other"),  # each *other*
     (ORANGE, NOUN, ANY, NOUN),  # a street *light*
     (ORANGE, ANY, JOINTS, ADJ, lambda at: at.right2 == ADJ),  # an *orange* and red bus
@@ -504,9 +524,9 @@ RULES = (
     (ORANGE, ANY, NOUNISH, ADJ),  # an *orange* bus
     (ORANGE, PLURAL, OPENERS, VERB),  # candles *light* a room
     (ORANGE, BE + DEGREE, ANY, ADJ),  # is *orange*
-    (NOUN, ADJ, THINGS, ADJ, lambda at: at.word in FORMS),  # a long *sleeve* shirt
+    (NOUN, ADJ, THINGS, ADJ, forms),  # a long *sleeve* shirt
     (NOUN + ORANGE + RIDE, NOUNS + BE + VERB, RIDING, ADV, lambda at: at.after in ACTIVITIES),
-    (NOUN, NUM, THINGS, ADJ, lambda at: at.before2 in SINGULAR),  # a two *way* street
+    (NOUN, NUM, THINGS + PAINTING, ADJ, lambda at: at.before2 in SINGULAR),  # a two *way* street
     (NOUN, COMMA + MARK, ADJ, ADJ, lambda at: not at.after2),  # a bowl, *dishwasher* safe
     (NOUN, DET, PLURAL, NUM, lambda at: at.word in ("couple", "dozen")),  # a *couple* umbrellas
     (NOUN, PLURAL + INF, OPENERS, VERB),  # to *pedal* a bike
@@ -515,6 +535,7 @@ RULES = (
     (PLURAL, CONJ, OPENERS, VERB, lambda at: VERB in at.tags[: at.index][-9:]),  # and *bends* his
     (PLURAL + LIGHTS, NOUN, NOUNS + ADJ, VERB, feeds),  # the keeper *feeds* giraffes
     (LIGHTS, NOUN, NOUNS + ADJ, VERB, after_one),  # a chef *slices* onions
+    (LIGHTS, NOUN, FOLLOWS, PLURAL, lambda at: at.word in ("lights", "signs")),  # a street *signs*
     (PLURAL + LIGHTS, NOUN, FOLLOWS + RIDING, VERB, after_one),  # a bird *perches* on
     (PLURAL + LIGHTS, PRON, ANY, VERB),  # as she *bends*
     (PLURAL, ANY, THINGS + ADJ + BACK, OWNER, owns),  # a *mans* hat
@@ -528,18 +549,19 @@ RULES = (
     (RIDE, NOUN + COMMA, OPENERS + PLACES, VERB, after_two),  # a man and a woman *ride* on
     (RIDE + LIGHTS + PLURAL, NOUN, PLACES + OPENERS + THINGS, VERB, in_clothes),
     (PAINTING, PLURAL + BE + PRON + VERB, ANY, ING),  # people *painting*
-    (PAINTING, NOUN, OPENERS, ING),  # a worker *painting* a wall
+    (PAINTING, NOUN + PREPS + CONJ + SUB, OPENERS, ING),  # a worker *painting* a wall
     (PAINTING, NOUN, ANY, ING, lambda at: at.before in MOVERS),  # a man *painting*
     # a *cutting* board; a *smiling* man; and *smiling* people, a glass of *running* water
     (RIDING, AMID, THINGS + PAINTING + CAN, COMPOUND, compounds),
     (RIDING, DEGREE + ADJ, ANY, ING, lambda at: at.left2 in BE),  # is busy *eating* pizza
     (RIDING, INSIDE + DEGREE, NEXT + VERB, PARTICIPLE),
+    (RIDING, CONJ, NEXT + VERB, ING, eats),  # cutting and *eating* it
     (RIDING, BETWEEN + VERB + ING, NEXT + VERB, PARTICIPLE, lambda at: at.word in ING_STATE),
     (RIDING, PREPS, THINGS + PARKED + PAINTING, PARTICIPLE, lambda at: at.before in ("of", "with")),
     (RIDING, START + ARTICLES + ADJ, LINK, NOUN, lambda at: at.word in QUANTITY or not at.before),
     (CONJ, NOUN, NOUN + ORANGE, COMPOUND, lambda at: at.after2 in DISHES),  # ham *and* egg pie
     (PARKED, ANY, THINGS, NOUN, lambda at: at.word == "led"),  # an *LED* lamp
-    (PARKED, AMID + VERB + ING, NEXT, PARTICIPLE),  # *parked* cars
+    (PARKED, AMID + VERB + ING + SUB, NEXT, PARTICIPLE),  # *parked* cars
     (PARKED, BE, NEXT, PARTICIPLE, lambda at: at.before2 == "there"),  # there are *parked* cars
     (PARKED, ARTICLES, UP + PREP, PARTICIPLE, lambda at: at.right2 in NOUNS + ADJ),
     # an old *broken* down bus
@@ -547,6 +569,7 @@ RULES = (
     (PARKED, ARTICLES, CONJ, PARTICIPLE, lambda at: at.right2 in PARKED + ADJ),  # a *cut* and dried
     (PARKED, DEGREE, CONJ, PARTICIPLE, lambda at: at.left2 in ARTICLES),  # a partly *eaten* and
     (RIDE, ARTICLES + ADJ, UP, PARTICIPLE, lambda at: at.right2 in NOUNS),  # a *stand* up shower
+    (UP, INSIDE + PREPS, NOUNS, ADJ, lambda at: at.word == "outside"),  # an *outside* wall
     (UP, ADJ, NOUNS, PARTICIPLE, lambda at: at.left2 in ARTICLES),  # a closed *off* pen
     (PREP + UP, PARTICIPLE, ANY, PARTICIPLE),  # a fenced *in* area
     (PARKED, ARTICLES, RIGHT, PARTICIPLE),  # a *broken* left wing
@@ -558,6 +581,7 @@ RULES = (
     (RIDES + VERB, ADJ, FOLLOWS, VERB, dressed_in),  # red *smiles* at
     (VERB, INSIDE, ANY, NOUN),  # a *stare* at
     (RIDES, INSIDE + PREPS + START + COMPOUND, ANY, PLURAL),  # two *rides*
+    (TO + ADV + RIDE, START, PLURAL, NUM, lambda at: at.word in ("to", "too", "tow")),  # for two
     (TO, ANY, VERB + BE, INF),  # *to* eat
     (TO, ANY, RIDE, INF, lambda at: at.before != "next"),  # *to* ride
     (TO, ANY, NOUN, INF, lambda at: at.right2 in OPENERS + ADJ and at.before != "next"),
@@ -570,6 +594,7 @@ RULES = (
     (PREP, NOUN, NOUN, PARTICIPLE, resembles),  # a mirror *like* object
     (UP, ANY, RIDING, PREP, lambda at: at.word == "by" and at.right2 in THINGS),
     (HER, ANY, NOUNISH, POSS),  # *her* hat
+    (ONE, ANY, CAN, PRON, lambda at: at.right2 in VERB),  # *one* can see
     (ONE, ANY, THINGS + ADJ + CAN, NUM),  # *one* dog
     (THAT, NOUNS + PRON + ADJ, ANY, REL),  # a dog *that* runs
     (THAT, ANY, THINGS + ADJ, DET),  # *that* dog
@@ -613,7 +638,8 @@ def decide(words, classes):
 
 
 # A base noun phrase over the tags; k is a conjunction or a comma between adjectives of one noun.
-# "red and white cups" is JkJS, "a dog 's head" DNMN. Repetition is bounded: time is linear.
+# "red and white cups" is JkJS, "a dog 's head" DNMN. In "apples pears and figs" a comma is missing:
+# SSKS is three phrases. Repetition is bounded: time is linear.
 JOINED = re.compile(
     r"(?<=[JZ])(?:[,K]|,K)(?=Q?[JZ][JZ,KQ]{0,6}[JZNSU]{0,4}[NS])"
     r"|(?<=[DPC][JZ])K(?=N[NU]{0,2}[NS])"  # a white and stainless steel fridge
@@ -621,7 +647,8 @@ JOINED = re.compile(
 QUOTED = re.compile(r"(?<=[DPJZC])\.([NSJVGE]{1,5})\.(?=[JZ]{0,3}[NS])")  # a "stop" sign
 FRONTED = re.compile(r"(^I[DPJZN]{0,6})N(?=S+V)")  # after the rain | puddles cover
 NOUN_PHRASE = re.compile(
-    r"D{0,3}P?(?:[JZCkUMY]|Q(?=[QJZCNSU])|N(?=[NSnZUM])|R(?=M)|S(?=[NSM])){0,40}[NSn]|R"
+    r"D{0,3}P?(?:[JZCkUMY]|Q(?=[QJZCNSU])|N(?=[NSnZUM])|R(?=M)|S(?=[NM]|S(?!S{0,9}[K,]))){0,40}"
+    r"[NSn]|R"
 )
 
 
@@ -643,21 +670,26 @@ def is_thing(words, tags, first, last, subject):
     """Whether one can point at what the noun phrase words[first : last + 1] names."""
     word, before, after = words[last], words[first - 1], words[last + 1]
     shown = after in ("on", "hanging", "hung", "above") and before != "for"
+    shown = shown or after != "of" and before in AMONG and word not in VIEWS
     if word in PICTURES and not shown:
         return word == "view" and subject < last and after != "of"  # a lake view
     if tags[last] == PRON or is_abstract(word):
         return False
-    if (word in ACTS or word in PICTURES) and TAKING.match(before):
+    taken = TAKING.match(before) or before == "for" and tags[first] == DET
+    if taken and (word in ACTS or word in PICTURES):
         return False
+    if before == "of" and words[first - 2] == "middle" and word in ACTS:
+        return False  # in the middle of a swing
     if before in ("says", "saying") and tags[first] != DET:
         return False  # a sign saying stop
     if tags[first] == NUM and before in (",", "-") and not after and word in QUANTITY:
         return False  # , 2 pack
     row = word in ARRAYS and before == "in" and tags[first] != NUM
-    if row or after == "of" and word in ("corner", "form", "shape"):
+    if row or after == "of" and word in ("corner", "form", "point", "shades", "shape"):
         return False  # in a row, at the corner of
     if word in LOCATIONS and subject == last:
-        worn = word == "top" and not {ADJ, PARTICIPLE}.isdisjoint(tags[first:last])  # a pink top
+        described = not {ADJ, PARTICIPLE}.isdisjoint(tags[first:last])
+        worn = described and word in ("front", "top")  # a pink top
         return worn or not {POSS, GENITIVE, OWNER}.isdisjoint(tags[first:last])
     bare = word in BARE and LEXICON.get(before) in (PREP, LINK)
     return first < last or not (bare or word in BALL_SPORTS)
@@ -676,7 +708,8 @@ def read_phrases(caption, spans, words, tags):
         start, quantity = first if quantity is None else quantity, None
         more = words[last + 1] == "of" or words[last : last + 2] in (["half", "a"], ["half", "an"])
         more = more or words[last + 1 : last + 4] == ["and", words[last], "of"]
-        if more and (words[last] in QUANTITY or words[last] == "body"):
+        site = subject < last and words[last] in SITES
+        if more and not site and (words[last] in QUANTITY or words[last] == "body"):
             quantity = start
         elif is_thing(words, tags, first, last, subject):
             start, end = spans[start + (words[start] == "whose")][0], spans[last][1]

@@ -5,8 +5,9 @@ drawn at random and annotated by the guidelines of the gold set before the parse
 the rules were tuned on coco_dev alone until the README's figure was taken. The gold set itself lies
 beside the project, where there is one. blind_dev.jsonl, blind_kept.jsonl: 140 captions of COCO,
 drawn with seed 20261125, and 60 in seven other styles, annotated by a language-model developer
-before a rule was changed for them; blind_kept was looked at only to be scored. The last 101 lines
-of blind_dev, in the seven styles, came later: of them 84 had every subject right when first parsed.
+before a rule was changed for them; blind_kept was looked at only to be scored (13 of its half lie
+in blind_dev: they were met when parses of COCO were read). The last 101 lines of blind_dev, in the
+seven styles, came later: of them 84 had every subject right when first parsed.
 flickr30k_heldout's errors have been read since. The other .txt files were written for the tests.
 """
 
@@ -55,7 +56,7 @@ def without_article(text, subject):
         (ROOT / "tests/coco_dev.jsonl", (0.975, 0.975, 0.985)),
         (ROOT / "tests/coco_heldout.jsonl", (0.95, 0.96, 0.975)),
         (ROOT / "tests/blind_dev.jsonl", (0.98, 0.97, 0.98)),
-        (ROOT / "tests/blind_kept.jsonl", (0.955, 0.945, 0.97)),
+        (ROOT / "tests/blind_kept.jsonl", (0.965, 0.955, 0.97)),
     ],
 )
 def test_accuracy_on_annotated_captions(path, floors):
@@ -258,6 +259,22 @@ There are [parked |cars] by [a |clothes line].
 [Two |ski's] on [a |rack]
 [A |guppy] in [a |tank]
 [|Etching] of [a |mill]
+[A white |train] with [a yellow |front] running on [|rails].
+[A |woman] holding [a |plate] and eating [|pizza].
+[Two |women] are cutting and serving [a large |cake].
+[A |car] in [the |parking lot] of [a |church].
+[Too |zebras] stand near [an outside |table].
+This is [someones |sink] in [their |bathroom].
+[A deep dish |pizza] and [an automatic |dish washer].
+[A |bowl] of [|apples] [|oranges] and [|pears].
+[Several mounted |police officers] and [their |horses].
+In [the |market], one can find [|tourists].
+[Two halves of an |onion] on [a |plate].
+[A |wig], [an |umbrella] and [a vintage |photo].
+[A |batter] in the middle of a swing, ready for the next pitch.
+[A |man] out for a walk and [a |table] for [cold |drinks].
+[A |vanity] and [a |mirror] in [a |business].
+[|People] with [|bats] on [a grassy |plain].
 """
 
 
@@ -287,6 +304,7 @@ def test_phrases_and_subjects(line):
         "[A |man] &amp; [a |woman] with [a &quot;stop&quot; |sign]",
         "[A cat&#39;s |tail], [a dog&rsquo;s |tail] and [two dogs&#x27; |tails]",
         "[A&nbsp;small |dog] on [a |bed]&hellip;",
+        "&nbsp;[A |dog]&nbsp; on&nbsp;[a |bed]&nbsp;",
         "[A |caf&eacute;] &amp; [a |bar]",
         "A &unknown; [|dog]",
         "&#1; [a |dog]",  # no character at all
@@ -386,12 +404,13 @@ def check(caption, written=True):
     parsed = P.parse(caption)
     nodes = P.tree(parsed)
     assert parsed.caption == caption
+    read = P.as_read(caption)
     assert [(t.start, t.end) for t in parsed.tokens] == P.tokenize(caption)
     assert [t[:3] for t in parsed.tokens] == [t[:3] for t in nodes]
     at = 0
     for t in nodes:
         assert at <= t.start < t.end
-        assert caption[t.start : t.end] == t.text and not caption[at : t.start].strip()
+        assert caption[t.start : t.end] == t.text and not read[at : t.start].strip()
         assert t.tag in P.UPOS and t.label and (t.head == -1) == (t.label == "root")
         at = t.end
     check_heads([t.head for t in nodes])
