@@ -383,7 +383,7 @@ class ALBEF(nn.Module):
     """Image tokens, text tokens, fusion layers in which text looks at the image, and heads for
     ITC, ITM and MLM (arXiv 2107.07651, without its momentum encoder)."""
 
-    language = "mlm"
+    language_kind = "mlm"
 
     def __init__(self, options, tokenizer):
         super().__init__()
@@ -466,7 +466,7 @@ class BLIP(ALBEF):
     """The same parts wired as in arXiv 2201.12086, without CapFilt: cross-attention in every text
     layer, left out for ITC; a decoder shares all but self-attention. [CLS] begins and ends."""
 
-    language = "lm"
+    language_kind = "lm"
 
     def __init__(self, options, tokenizer):
         super().__init__(options, tokenizer)
@@ -619,7 +619,7 @@ def level_losses(model, image_features, image_kv, text, language, hardness):
     losses["itm"] = itm_loss(logits, labels, weight)
 
     if language:
-        losses[model.language] = model.language_loss(text, image_kv)
+        losses[model.language_kind] = model.language_loss(text, image_kv)
     return losses
 
 
@@ -1529,7 +1529,9 @@ def load_pixels(image, upright=False):
     tag says; what is transparent is white. UserError where it is no picture."""
     if isinstance(image, np.ndarray):
         return image
-    with blaming(f"{image}: not readable as a picture"), Image.open(image) as picture:
+    how = blaming(f"{image}: not readable as a picture")
+    # A file, not a path: of that PIL maps a turned TIFF into memory, and garbles it.
+    with how, open(image, "rb") as file, Image.open(file) as picture:
         with suppress(Exception):  # a malformed EXIF block says nothing about the pixels
             if upright:
                 picture = ImageOps.exif_transpose(picture)
@@ -2001,11 +2003,23 @@ def sentence(error):
     return said
 
 
-def main(argv=None):
-    """Do what was typed. A mistake, a full disk or too little memory ends it with one line and
-    status 2; Ctrl-C with the command that resumes."""
-    options = None
+@contextmanager
+def told(program):
+    """A mistake, a full disk or too little memory ends a program with one line and status 2; Ctrl-C
+    with what it is told and 130."""
     try:
+        yield
+    except KeyboardInterrupt as stop:
+        print(f"{program}: stopped{stop}", file=sys.stderr)
+        sys.exit(130)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        print(f"{program}: {sentence(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(argv=None):
+    """Do what was typed."""
+    with told("hist.py"):
         options = parse_options(argv)
         if options.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -2015,18 +2029,13 @@ def main(argv=None):
             torch.distributed.init_process_group("nccl" if options.device == "cuda" else "gloo")
         threads = f"{torch.get_num_threads()} threads (OMP_NUM_THREADS says otherwise)"
         print(f"hist.py on {options.device}, {threads}, into {options.out}", file=sys.stderr)
-        (look if options.ground else run)(options)
+        try:
+            (look if options.ground else run)(options)
+        except KeyboardInterrupt:
+            how = f"; python hist.py --resume --out {shlex.quote(options.out)} goes on"
+            raise KeyboardInterrupt(how if saved_options(options.out) else "") from None
         if WORLD > 1:
             torch.distributed.destroy_process_group()
-    except KeyboardInterrupt:
-        said = "hist.py: stopped"
-        if options and saved_options(options.out):
-            said += f"; python hist.py --resume --out {shlex.quote(options.out)} goes on"
-        print(said, file=sys.stderr)
-        sys.exit(130)
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        print(f"hist.py: {sentence(error)}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

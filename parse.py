@@ -105,24 +105,24 @@ WORDS = {
     petite pink pinkish plush poor posh pristine private prominent proper proud public pure purple
     quaint quick quiet rare raw real recent red retro rich ripe roman rotten rough round rundown sad
     safe same secluded second separate seperate several severe shallow sharp sheer shorn short sick
-    silent silver similar simple single sleek slender slick slight slim slow small smart smiley
-    smooth soft solar solemn solid somber sore southeastern spare sparse spicy squat stale stark
-    steep sterling stiff straight strange stray striped strong subtle suburban such sudden superb
-    sure sweet swift swiss swollen syrian tall tan teal teenage tender thick thin third tibetan
-    tight top trim triple true turquoise twin ugly uneven unfinished unique unisex unknown unmade
-    unripe upper upscale upside urban vast victorian vintage vivid warm weak weird western wet white
-    whole wicker wide wild wooden woolen wrong yellow young""",
+    silent silver silvery similar simple single sleek slender slick slight slim slow small smart
+    smiley smooth soft solar solemn solid somber sore southeastern spare sparse spicy squat stale
+    stark steep sterling stiff straight strange stray striped strong subtle suburban such sudden
+    superb sure sweet swift swiss swollen syrian tall tan teal teenage tender thick thin third
+    tibetan tight top trim triple true turquoise twin ugly uneven unfinished unique unisex unknown
+    unmade unripe upper upscale upside urban vast victorian vintage vivid warm weak weird western
+    wet white whole wicker wide wild wooden woolen wrong yellow young""",
     NOUN: """academy animal army assembly baby balcony belly biopsy blinder body boundary buddy
     buggy bunny butterfly canal candy canopy canvas cathedral cereal ceremony charcoal cherry chevy
     christmas cleaner colony comedy comic company cooler coral corral county crystal curry daddy
-    dairy daisy deputy diary doggy duckling dumpling economy elephant embassy enemy evening fairy
-    family ferry fondant foreigner galaxy garlic garnish gas germany goldfish gravy herring holly
-    hospital hungary husky infant italy ivy jelly king kitty lady lens liberty library lily liver
-    lobby locomotive medal memorial metal morning mosaic mummy mural music numeral opener owner
-    party patty penny picnic piggy plastic plateful plenty pony poppy president priest primer
-    property puppy quarry rally restaurant ruby sapling seedling shed shelving sibling sky sled
-    spring spy stable student study supply tabby teddy teenager terminal thing topper traffic trolly
-    vegetable viking warmer whisky""",
+    dairy daisy deputy diary dinghy doggy duckling dumpling economy elephant embassy enemy evening
+    fairy family ferry fondant foreigner galaxy garlic garnish gas germany goldfish gravy herring
+    holly hospital hungary husky infant italy ivy jelly king kitty lady lens liberty library lily
+    liver lobby locomotive mandible medal memorial metal morning mosaic mummy mural music numeral
+    opener owner party patty pendant penny picnic piggy plastic plateful plenty pony poppy president
+    priest primer property puppy quarry rally restaurant ruby sapling seedling shed shelving sibling
+    sky sled spring spy stable student study supply tabby teddy teenager terminal thing topper
+    traffic trolly vegetable viking warmer whisky""",
     PLURAL: """bison buffalo cattle children deer feet geese men mice people personnel police sheep
     teeth women""",
     VERB: """ate became began blew broke came chose drank drove fell felt flew gave got grew laid
@@ -152,8 +152,9 @@ WORDS = {
     ADV: """abroad afar again ago ahead airborne alone also altogether always anywhere apart ashore
     aside away backstage downhill downstairs downward downwards else elsewhere even ever everywhere
     farther further halfway here how indoors instead just maybe meanwhile never not now often once
-    online onstage outdoors outward overnight perhaps probably rather sideways sometimes somewhere
-    soon still then there together too twice uphill upright upstairs upward upwards yet""",
+    online onstage outdoors outward overnight perhaps possibly probably rather sideways sometimes
+    somewhere soon still then there together too twice uphill upright upstairs upward upwards
+    yet""",
     NEARBY: "backward backwards forward nearby overhead underwater upside-down",
     DEGREE: "almost extra less more most no otherwise pretty quite so somewhat super very well",
     BE: "am are aren't be been being is isn't was wasn't were weren't",
@@ -186,7 +187,7 @@ for word_class, members in WORDS.items():
 # Words that are not in the lexicon: the first ending that fits decides. A guessed adjective that
 # no noun follows is a noun (ORANGE).
 ENDINGS = (
-    (r"[\d.,/:]*\d[\d.,/:]*[a-z]{0,3}$", NUM),
+    (r"[\d.,/:]*\d[\d.,/:-]*[a-z]{0,3}$", NUM),
     (r"(?:thir|for|four|fif|six|seven|eigh|nine)(?:teen|ty)$", NUM),
     (r".+(?:ing|in')$", RIDING),
     (r".*[stwp]eed$", NOUN),
@@ -217,6 +218,7 @@ ING_STATE = """amazing appearing arriving barking billowing bleeding blinking bl
     screaming setting shining sinking sitting sizzling smiling smoking soaring sparkling standing
     staring steaming striking surrounding towering trailing twisting wagging walking weeping wilting
     winding working yawning""".split()
+LAYERS = ("layer", "level", "story", "tier", "way")  # a two *way* street
 FORMS = ("down", "through", "fit", "length", "neck", "size", "sleeve", "story", "style")
 PLACING = ("by", "near", "beside", "at", "on", "in", "under", "behind")
 DISHES = with_plurals(
@@ -231,10 +233,10 @@ FIXED = with_plurals("""advertising-sign back-ground bedroom-set big-ben big-rig
     golden-retriever grizzly-bear half-pipe hash-brown high-chair high-rise hot-dog hot-rod
     jumbo-jet knife-set light-bulb light-fixture light-house light-pole light-post light-switch
     little-league measuring-cup mixing-bowl mountain-pass new-york orange-juice orange-peel
-    orange-slice polar-bear police-officer pork-chop rear-view rolling-pin running-shoe sheet-set
-    sitting-room smart-phone stainless-steel swim-trunk swing-set tea-set teddy-bear television-set
-    third-base throw-blanket throw-pillow tool-set tooth-brush top-hat towel-set train-set wet-suit
-    whole-wheat wild-flower wrestling-ring""")
+    orange-slice polar-bear police-officer pork-chop rear-view red-panda rolling-pin running-shoe
+    sheet-set sitting-room smart-phone stainless-steel swim-trunk swing-set tea-set teddy-bear
+    television-set third-base throw-blanket throw-pillow tool-set tooth-brush top-hat towel-set
+    train-set wet-suit whole-wheat wild-flower wrestling-ring""")
 # "a group of people" is one phrase, and people is its subject.
 QUANTITY = with_plurals("""abundance amount array assortment batch bit bite brood bunch bundle chunk
     cluster clutch collection colony convoy couple crowd dash dollop dozen drove expanse fleet
@@ -252,34 +254,35 @@ AMONG = ("and", "beside", "between", "near", "some", "under", "with")  # a clock
 # Times, events, manners, sports, abstractions: one cannot point at them. Nor at what ends as they
 # do, but for CONCRETE.
 NOT_THINGS = with_plurals("""access accident adventure advice afternoon ages agreement aid aim air
-    airstrike altitude am amazement anger anniversary appetite approach apr april arrival attack
-    attempt aug august backflip backhand badminton battle bc bce behavior benefit birth bit blast
-    break breath budget bunt c ca call campaign career carnival cartwheel cause century ceremony
-    change chase choice christmas cm color comment concept concern concert confinement confusion
-    contact contest contrast cost crash crime danger dawn death debate dec december decision
-    decrease defeat delay delight demand departure desire detour development disaster discussion
-    disrepair dozen dunk dusk earthquake easter effect effort employment entertainment era escape
-    evening event example excitement exercise explosion expression extension fashion fear feb
-    february feel festival fight final flight focus forehand freedom ft fun funeral future gallon
-    game gb golf grace growth guilt haircut halloween handstand harm health height help heritage
-    history hockey homework hope hour humor hunger hurricane hurry idea illusion impact inch
-    incident increase interest internet interview invasion issue jan january job joke journey joy
-    july jump june justice kg kind kiss knowledge l labor lack language laugh laughter launch lbs
-    leisure length lesson level life liter look loss luck m magic maneuver mar marathon marriage
-    match matches matter mb memory midair midday midst mind mission mistake ml mm mode moment month
-    mood morning move movement mph music nap nature need news noise noon notice nov november
-    occasion oct october ollie olympic opinion order origin outbreak outskirts oz pace pain pandemic
-    panic parade party passion past pcs peace penalty percent pickup picnic play pleasure pm
-    politics possession poverty practice praise prayer premiere pressure pride problem proceedings
-    process progress promise proof protest prowess purpose quarantine race rally rate reason
-    recovery rehearsal research rest result retirement rhythm ride role rule safety scent schedule
-    search season sense sept september serve session shipment shock show size skill sleep smell
-    solitude somersault sort speech speed spirit strength stress strike struggle stunt style success
-    summer surgery surprise takeoff talk tantrum task taste tb temperature tennis tension theme
-    thought threat thrill time topic touch touchdown tour tournament transit transport treatment
-    trial trick trip trot trouble turn twilight type unison use variety victory videogame vigil
-    vision visit volley vote wait wake war wealth weather wedding week weekend wheelie will wind
-    winter wish wonder work x year yoga""")
+    airstrike altitude am amazement anger angle anniversary appetite approach apr april arrival
+    attack attempt aug august b.c. backflip backhand badminton battle bc bce behavior benefit birth
+    bit blast break breath budget bunt c ca call campaign career carnival cartwheel cause century
+    ceremony change chase choice christmas cm color comment concept concern concert confinement
+    confusion contact contest contrast cost crash crime danger dawn death debate dec december
+    decision decrease defeat delay delight demand departure desire detour development diameter
+    disaster discussion disrepair dozen dunk dusk dynasty earthquake easter effect effort
+    employment entertainment era escape evening event example excitement exercise explosion
+    expression extension fashion fear feb february feel festival fight final flight focus forehand
+    freedom ft fun funeral future gallon game gb golf grace growth guilt haircut halloween
+    handstand harm health height help heritage history hockey homework hope hour humor hunger
+    hurricane hurry idea illusion impact inch incident increase interest internet interview
+    invasion issue jan january job joke journey joy july jump june justice kg kind kingdom kiss
+    knowledge l labor lack language laugh laughter launch lbs leisure length lesson level life
+    liter look loss luck m magic maneuver mar marathon marriage match matches matter mb memory
+    midair midday midst mind mission mistake ml mm mode moment month mood morning move movement mph
+    music nap nature need news noise noon notice nov november occasion oct october ollie olympic
+    opinion order origin outbreak outskirts oz pace pain pandemic panic parade party passion past
+    pcs peace penalty percent period pickup picnic play pleasure pm politics possession poverty
+    practice praise prayer premiere pressure pride problem proceedings process progress promise
+    proof protest prowess purpose quarantine race rally rate reason recovery rehearsal research
+    rest result retirement rhythm ride role rule safety scent schedule search season sense sept
+    september serve session shipment shock show size skill sleep smell solitude somersault sort
+    speech speed spirit strength stress strike struggle stunt style success summer surgery surprise
+    takeoff talk tantrum task taste tb temperature tennis tension theme thought threat thrill time
+    topic touch touchdown tour tournament transit transport treatment trial trick trip trot trouble
+    turn twilight type unison use variety victory videogame vigil vision visit volley vote wait
+    wake war wealth weather wedding week weekend wheelie will wind winter wish wonder work x year
+    yoga""")
 ABSTRACT = re.compile(
     r".*(?:ness|ism|[ae]nc(?:e|y|ie)|it(?:y|ie)|(?<!ic)ation|[^a]tion|(?:er|nd|on)ship|day|time"
     r"|(?<!k)night)s?$"
@@ -298,6 +301,7 @@ BARE = """bat bloom board business class construction dinner display duty fire f
 ARRAYS = with_plurals("row line circle group pile")
 ACTS = with_plurals("""bath bite bow catch charge cut drink flip grip guard hit hug kiss landing
     leap look pitch place pose ride shot sip spill spin step swing thumb walk way""")
+DATE = re.compile(r"[12]\d{3}|about$|ca?\.?$|circa|early|late$")
 TAKING = re.compile(
     "(?:attempt|do|gett?|giv|ha|hav|los|mak|perform|play|stand|strik|tak)(?:e?s|e|ing)?$"
     "|did|gave|got|took"
@@ -333,7 +337,7 @@ Parse = namedtuple("Parse", "caption tokens phrases")
 WORD = "[^\\W_]+(?:\u200b+[^\\W_]+)*"
 TOKEN = re.compile(
     rf"(?:(?:and/or|w/o?)(?![^\W_])|{WORD}(?:\u200b*[-']\u200b*(?!s\b){WORD}|[.,:/](?=\d)\d+"
-    r"|\.(?<=\b(?:[Ss]t|[DdMm]r)\.)|(?<=\b[A-Za-z])\.(?:[A-Za-z]\.)+)*|'\u200b*s\b|\S)"
+    r"|\.(?:(?<=\b(?:[Ss]t|[DdMm]r)\.)|(?<=\b(?:Gen|Gov|Mrs|Rep|Sen|Sgt)\.))|(?<=\b[A-Za-z])\.(?:[A-Za-z]\.)+)*|'\u200b*s\b|\S)"
     "\u200b*"
 )
 ENTITY = re.compile(r"(&(?:#\d{1,7}|#[xX][\da-fA-F]{1,6}|[A-Za-z]\w{1,30});)")
@@ -482,6 +486,11 @@ def forms(at):
     return at.word in FORMS or f"{at.before} {at.word}" in ("deep dish", "high speed", "open air")
 
 
+def sold_as(at):
+    """Of a thing on sale: powder *free*."""
+    return at.after in ("free", "friendly", "proof", "ready", "resistant", "safe", "washable")
+
+
 def eats(at):
     """One who did something else before: a man cutting and *eating* pizza."""
     return at.word in ("eating", "flying", "smoking") and ING in at.tags[: at.index][-9:]
@@ -514,6 +523,8 @@ RULES = (
     (ADJ, DET, RIDING, NOUN, lambda at: at.word in LOCATIONS),  # the *middle* holding a bat
     (ADJ, DET + POSS, PLACES + VERB + MARK, NOUN, is_unknown),  # a *guppy* in
     (ADJ, DET, ANY, PRON, lambda at: at.before == "each" and at.word == "other"),  # each *other*
+    (ORANGE, NOUN, ADJ + PARKED, ADV, lambda at: at.word == "half"),  # a lot *half* full
+    (ORANGE, COMMA, COMMA + MARK, ADJ, lambda at: at.word not in LEXICON),  # a coat, *flemish*
     (ORANGE, NOUN, ANY, NOUN),  # a street *light*
     (ORANGE, ANY, JOINTS, ADJ, lambda at: at.right2 == ADJ),  # an *orange* and red bus
     (ORANGE, ANY, RIDING, ADJ, lambda at: at.word not in LEXICON and at.right2 in THINGS),
@@ -526,8 +537,8 @@ RULES = (
     (ORANGE, BE + DEGREE, ANY, ADJ),  # is *orange*
     (NOUN, ADJ, THINGS, ADJ, forms),  # a long *sleeve* shirt
     (NOUN + ORANGE + RIDE, NOUNS + BE + VERB, RIDING, ADV, lambda at: at.after in ACTIVITIES),
-    (NOUN, NUM, THINGS + PAINTING, ADJ, lambda at: at.before2 in SINGULAR),  # a two *way* street
-    (NOUN, COMMA + MARK, ADJ, ADJ, lambda at: not at.after2),  # a bowl, *dishwasher* safe
+    (NOUN, NUM, THINGS + PAINTING, ADJ, lambda at: at.before2 in SINGULAR or at.word in LAYERS),
+    (NOUN, COMMA + MARK, ADJ, ADJ, sold_as),  # a bowl, *dishwasher* safe
     (NOUN, DET, PLURAL, NUM, lambda at: at.word in ("couple", "dozen")),  # a *couple* umbrellas
     (NOUN, PLURAL + INF, OPENERS, VERB),  # to *pedal* a bike
     (NOUN, PLURAL, PLACES + TO + SUB, VERB, lambda at: at.left2 in START + NUM),  # men *nap* on
@@ -682,8 +693,14 @@ def is_thing(words, tags, first, last, subject):
         return False  # in the middle of a swing
     if before in ("says", "saying") and tags[first] != DET:
         return False  # a sign saying stop
-    if tags[first] == NUM and before in (",", "-") and not after and word in QUANTITY:
+    if tags[first] == NUM and (word == "pack" or before in (",", "-") and word in QUANTITY):
         return False  # , 2 pack
+    if before == "," == after and DATE.match(words[last + 2]):
+        return False  # a coat, Paris, about 1925
+    if (before, after) in (("(", "/"), ("/", ")")):
+        return False  # (Agency/Photographer)
+    if word == "corner" and (words[last - 1] in LOCATIONS or words[last - 1] in ("lower", "upper")):
+        return False  # top right corner
     row = word in ARRAYS and before == "in" and tags[first] != NUM
     if row or after == "of" and word in ("corner", "form", "point", "shades", "shape"):
         return False  # in a row, at the corner of

@@ -438,13 +438,20 @@ def test_a_malformed_exif_block_says_nothing_about_the_pixels(here, kind, uprigh
     assert pixels.shape == (6, 8, 3) and np.abs(pixels.astype(int) - (10, 200, 30)).max() < 9
 
 
-@pytest.mark.parametrize("kind", ["TIFF", "PNG", "JPEG", "WEBP"])
-def test_a_picture_is_turned_for_a_person_and_not_for_its_boxes(here, kind):
+@pytest.mark.parametrize(
+    "kind, mode",
+    [("TIFF", "RGB"), ("TIFF", "L"), ("TIFF", "I;16"), ("PNG", "RGB"), ("JPEG", "RGB")]
+    + [("PNG", "I;16"), ("JPEG", "L"), ("WEBP", "RGB")],
+)
+def test_a_picture_is_turned_for_a_person_and_not_for_its_boxes(here, kind, mode):
     """The left half is black as stored; orientation 6 puts the left edge on top."""
-    picture, exif = Image.new("L", (64, 48), 255), Image.Exif()
-    picture.paste(0, (0, 0, 32, 48))
+    pixels, exif = np.full((48, 64), 255, np.uint8), Image.Exif()
+    pixels[:, :32] = 0
     exif[0x0112] = 6
-    picture.convert("RGB").save("one.img", kind, exif=exif)
+    picture = Image.fromarray(pixels).convert("L" if mode == "L" else "RGB")
+    if mode == "I;16":
+        picture = Image.fromarray(pixels * np.uint16(257))
+    picture.save("one.img", kind, exif=exif)
     stored, upright = hist.load_pixels("one.img"), hist.load_pixels("one.img", upright=True)
     assert stored.shape == (48, 64, 3) and stored[:, 4:28].max() < 30 and stored[:, 36:].min() > 220
     assert upright.shape == (64, 48, 3) and upright[4:28].max() < 30 and upright[36:].min() > 220

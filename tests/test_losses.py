@@ -268,7 +268,7 @@ class Recorder:
     """A model of level_losses whose text and image tokens are their numbers, so that what match is
     given can be read back; the match head is set by hand."""
 
-    language = "mlm"
+    language_kind = "mlm"
 
     def __init__(self, text_features, temperature=1.0, head=None):
         self.text_features, self.head = text_features, head

@@ -275,6 +275,14 @@ In [the |market], one can find [|tourists].
 [A |man] out for a walk and [a |table] for [cold |drinks].
 [A |vanity] and [a |mirror] in [a |business].
 [|People] with [|bats] on [a grassy |plain].
+[A |coat] of [black |silk], Paris, about 1925
+[Round |rug] with [|tassels], 120 cm diameter
+[Wooden |board], dishwasher safe, [|oak handle]
+[|Silicone mats], 2 pack
+[|Sen. Smith] speaks to [|reporters] (Agency/John Doe).
+[A |man] in the top right corner of [a |photo montage]
+[A three tier |wedding cake] in front of [a |lot] half full of [|cars]
+[A |lesion] in [the left |mandible].
 """
 
 

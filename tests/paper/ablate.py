@@ -5,13 +5,13 @@
 For each seed a base is trained with captions alone; every row goes on from it, over the same images
 and captions in the same order, for as many steps; the last row for as much time as "all". Below a
 mean is its difference from the first row, paired by seed, and the 95% interval (Student's t). What
-is done is kept: the same command goes on. hist.py's own options are understood too.
+is done is kept: the same command goes on. --brief: the rows "caption" and "all" alone.
+hist.py's own options are understood too.
 """
 
 import json
 import math
 import re
-import sys
 from collections import Counter, namedtuple
 from pathlib import Path
 from random import Random
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 import hist
 import parse
-from hist import UserError, insist
+from hist import insist
 
 ROWS = {  # row: its levels
     "caption": ["caption"],
@@ -199,11 +199,11 @@ def seed_options(arguments, out, seed):
     return options
 
 
-def run_seed(options):
+def run_seed(options, rows):
     """{row: {measure: value}} of a seed; out/results.json keeps the rows that are done."""
     path = Path(options.out) / "results.json"
     done = json.loads(path.read_text()) if path.exists() else {}
-    if set(ROWS) <= set(done) and path.with_name("balance.png").exists():
+    if set(rows) <= set(done) and path.with_name("balance.png").exists():
         return done
     samples, held_out = hist.prepare(options)
     if options.data == "scenes":
@@ -211,13 +211,13 @@ def run_seed(options):
         print(f"seed {options.seed}, subjects: precision {precision:.3f}, recall {recall:.3f}")
     if options.base_steps:
         hist.train("base", ["caption"], samples, options, options.base_steps)
-    for row, levels in ROWS.items():
+    for row in rows:
         if row not in done:
             steps, name = options.steps, "_".join(re.findall("[a-z]+", row))
-            if "same time" in row:
+            if row == LAST:
                 ratio = done["all"]["seconds"] / done["caption"]["seconds"]
                 steps = max(1, round(steps * ratio))
-            model, seconds = hist.train(name, levels, samples, options, steps)
+            model, seconds = hist.train(name, ROWS[row], samples, options, steps)
             result = measure(model, samples, held_out, options)
             done[row] = result | {"seconds": round(seconds, 2), "steps": steps}
             hist.write_whole(path, json.dumps(done, indent=1))
@@ -237,13 +237,14 @@ def difference(values, first):
 def table(seeds):
     """[{row: {measure: value}} of each seed] as Markdown, in percent: mean ± standard deviation,
     and below the difference from the first row; then what "all" gains in equal steps, and time."""
-    lines = ["| | " + " | ".join(ROWS) + " | chance |", "|---" * (len(ROWS) + 2) + "|"]
+    rows = [row for row in ROWS if row in seeds[0]]
+    lines = ["| | " + " | ".join(rows) + " | chance |", "|---" * (len(rows) + 2) + "|"]
     gains = ["", "| all against captions | in as many steps | in as much time |", "|---|---|---|"]
     for name in seeds[0][FIRST]:
         if re.search(LEFT_OUT, name):
             continue
         scale, cells, values = 1 if name == "seconds" else 100, [name], {}
-        for row in ROWS:
+        for row in rows:
             values[row] = scale * np.array([seed[row].get(name, math.nan) for seed in seeds])
             spread = f" ± {values[row].std(ddof=1):.1f}" if len(seeds) > 1 else ""
             cells.append(f"{values[row].mean():.1f}{spread}")
@@ -252,9 +253,10 @@ def table(seeds):
         chance = [seed[FIRST].get(f"{name}_chance") for seed in seeds]
         cells.append("" if None in chance else f"{100 * np.mean(chance):.1f}")
         lines.append("| " + " | ".join(cells) + " |")
-        steps, time = (difference(values["all"], values[row]) for row in (FIRST, LAST))
-        gains.append(f"| {name} | {steps} | {time} |")
-    return "\n".join(lines + gains)
+        if LAST in rows:
+            steps, time = (difference(values["all"], values[row]) for row in (FIRST, LAST))
+            gains.append(f"| {name} | {steps} | {time} |")
+    return "\n".join(lines + gains if LAST in rows else lines)
 
 
 def main(arguments=None):
@@ -262,18 +264,16 @@ def main(arguments=None):
     own.add_argument("--seeds", type=int, default=5, help="how many, 1 to 10 [5]")
     own.add_argument("--seed", type=int, default=0, help="the first of them [0]")
     own.add_argument("--out", type=Path, default=Path("out/ablation"), help="[out/ablation]")
-    try:
+    own.add_argument("--brief", action="store_true", help="the rows caption and all alone")
+    with hist.told("ablate"):
         asked, rest = own.parse_known_args(arguments)
         insist(0 < asked.seeds < 11, f"--seeds {asked.seeds}: 1 to 10, please")
-        done = []
+        done, rows = [], [FIRST, "all"] if asked.brief else list(ROWS)
         for seed in range(asked.seed, asked.seed + asked.seeds):
             out = asked.out / f"seed{seed}"
             with hist.only_writer(out):
-                done.append(run_seed(seed_options(rest, out, seed)))
+                done.append(run_seed(seed_options(rest, out, seed), rows))
         print(table(done))
-    except (UserError, OSError) as error:
-        print(f"ablate: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

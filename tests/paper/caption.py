@@ -5,7 +5,6 @@ python -m tests.paper.caption out/scenes-blip PICTURE                     the li
 python -m tests.paper.caption out/scenes-blip PICTURE --top-p 0.9 --seed 1     drawn ones
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -39,7 +38,7 @@ def main(arguments=None):
     own.add_argument("picture")
     own.add_argument("--top-p", type=float, default=0.0, help="draw from the likeliest; 0: do not")
     own.add_argument("--seed", type=int, default=0, help="of the words drawn")
-    try:
+    with hist.told("caption"):
         asked = own.parse_args(arguments)
         options = hist.parse_options(["--eval-only", "--out", str(asked.run)])
         blip = options.base == "blip"
@@ -51,9 +50,6 @@ def main(arguments=None):
         image = hist.read_image(pixels, options.image_size).to(options.device)
         torch.manual_seed(asked.seed)
         print(generate(model, tokenizer, image, asked.top_p))
-    except (hist.UserError, OSError) as error:
-        print(f"caption: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

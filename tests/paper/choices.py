@@ -9,7 +9,6 @@ from one base. hist.py's own options are understood too; into out/choices/seed30
 """
 
 import itertools
-import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -164,15 +163,12 @@ def compare(options, world):
 def main(arguments=None):
     own = hist.CommandLine("choices", epilog="and hist.py's own options", allow_abbrev=False)
     own.add_argument("--world", action="store_true", help="captions alone, no HIST")
-    try:
+    with hist.told("choices"):
         asked, rest = own.parse_known_args(arguments)
         options = hist.parse_options(["--seed", "300", "--out", "out/choices", *rest])
         options.out = str(Path(options.out) / f"seed{options.seed}")
         with hist.only_writer(Path(options.out)):
             compare(options, asked.world)
-    except (hist.UserError, OSError) as error:
-        print(f"choices: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def table(rows, batch_size):
 
 
 def main(arguments=None):
-    try:
+    with hist.told("cost"):
         options = hist.parse_options(["--out", "out/cost", *(arguments or sys.argv[1:])])
         hist.insist(options.accumulate == 1, "--accumulate: a step is timed whole")
         samples, _ = hist.prepare(options)
@@ -112,9 +112,6 @@ def main(arguments=None):
         images = sum(len(b["image"]) for b in hist.loader(samples, options, 0, 256))
         speed = images / (time.perf_counter() - began)
         print(f"\n{torch.get_num_threads()} threads; the loader alone: {speed:.0f} images/s")
-    except (hist.UserError, OSError) as error:
-        print(f"cost: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":
