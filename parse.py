@@ -431,11 +431,6 @@ def after_one(at):
     return before[0] in SINGULAR and at.word[-1] == "s" and not MANY.intersection(before)
 
 
-def after_few(at):
-    """Not after words that say that there are many: various yard *decorations* some of which."""
-    return SEVERAL.isdisjoint(at.words[max(0, at.index - 4) : at.index])
-
-
 def feeds(at):
     """A person, and what is no person: a keeper *feeds* giraffes, but a tennis player's hat."""
     if at.tags[at.index + 1] != PLURAL:
@@ -533,16 +528,16 @@ RULES = (
     (ORANGE, ANY, RIGHT, NOUN, lambda at: at.right2 in LINK),  # a *square* left of
     (ORANGE, ARTICLES, PLURAL + LIGHTS, NOUN, lambda at: at.right2 in OPENERS),  # *medic* checks a
     (ORANGE, ANY, NOUNISH, ADJ),  # an *orange* bus
-    (ORANGE, PLURAL, OPENERS, VERB),  # candles *light* a room
     (ORANGE, BE + DEGREE, ANY, ADJ),  # is *orange*
     (NOUN, ADJ, THINGS, ADJ, forms),  # a long *sleeve* shirt
     (NOUN + ORANGE + RIDE, NOUNS + BE + VERB, RIDING, ADV, lambda at: at.after in ACTIVITIES),
     (NOUN, NUM, THINGS + PAINTING, ADJ, lambda at: at.before2 in SINGULAR or at.word in LAYERS),
     (NOUN, COMMA + MARK, ADJ, ADJ, sold_as),  # a bowl, *dishwasher* safe
     (NOUN, DET, PLURAL, NUM, lambda at: at.word in ("couple", "dozen")),  # a *couple* umbrellas
-    (NOUN, PLURAL + INF, OPENERS, VERB),  # to *pedal* a bike
+    (NOUN + ORANGE, PLURAL + INF, OPENERS, VERB),  # to *pedal* a bike, candles *light* a room
     (NOUN, PLURAL, PLACES + TO + SUB, VERB, lambda at: at.left2 in START + NUM),  # men *nap* on
-    (PLURAL + LIGHTS, NOUN + PLURAL + DEGREE, OPENERS, VERB, after_few),  # a boy *pedals* his bike
+    # a boy *pedals* his bike; but various yard decorations some of which
+    (PLURAL + LIGHTS, NOUNS + DEGREE, OPENERS, VERB, lambda at: at.before2 not in SEVERAL),
     (PLURAL, CONJ, OPENERS, VERB, lambda at: VERB in at.tags[: at.index][-9:]),  # and *bends* his
     (PLURAL + LIGHTS, NOUN, NOUNS + ADJ, VERB, feeds),  # the keeper *feeds* giraffes
     (LIGHTS, NOUN, NOUNS + ADJ, VERB, after_one),  # a chef *slices* onions
@@ -593,8 +588,7 @@ RULES = (
     (VERB, INSIDE, ANY, NOUN),  # a *stare* at
     (RIDES, INSIDE + PREPS + START + COMPOUND, ANY, PLURAL),  # two *rides*
     (TO + ADV + RIDE, START, PLURAL, NUM, lambda at: at.word in ("to", "too", "tow")),  # for two
-    (TO, ANY, VERB + BE, INF),  # *to* eat
-    (TO, ANY, RIDE, INF, lambda at: at.before != "next"),  # *to* ride
+    (TO, ANY, VERB + BE + RIDE, INF, lambda at: at.before != "next"),  # *to* eat, *to* ride
     (TO, ANY, NOUN, INF, lambda at: at.right2 in OPENERS + ADJ and at.before != "next"),
     (TO, ANY, PARKED, INF, lambda at: at.after in ("cut", "put", "set", "shut")),
     (BACK, ARTICLES + ADJ + GENITIVE + OWNER + PREPS + START, ANY, NOUN),  # the *back* of
@@ -687,10 +681,9 @@ def is_thing(words, tags, first, last, subject):
     if tags[last] == PRON or is_abstract(word):
         return False
     taken = TAKING.match(before) or before == "for" and tags[first] == DET
+    taken = taken or words[first - 2 : first] == ["middle", "of"]  # in the middle of a swing
     if taken and (word in ACTS or word in PICTURES):
         return False
-    if before == "of" and words[first - 2] == "middle" and word in ACTS:
-        return False  # in the middle of a swing
     if before in ("says", "saying") and tags[first] != DET:
         return False  # a sign saying stop
     if tags[first] == NUM and (word == "pack" or before in (",", "-") and word in QUANTITY):
@@ -705,9 +698,8 @@ def is_thing(words, tags, first, last, subject):
     if row or after == "of" and word in ("corner", "form", "point", "shades", "shape"):
         return False  # in a row, at the corner of
     if word in LOCATIONS and subject == last:
-        described = not {ADJ, PARTICIPLE}.isdisjoint(tags[first:last])
-        worn = described and word in ("front", "top")  # a pink top
-        return worn or not {POSS, GENITIVE, OWNER}.isdisjoint(tags[first:last])
+        worn = {ADJ, PARTICIPLE} if word in ("front", "top") else set()  # a pink top
+        return not worn.union((POSS, GENITIVE, OWNER)).isdisjoint(tags[first:last])
     bare = word in BARE and LEXICON.get(before) in (PREP, LINK)
     return first < last or not (bare or word in BALL_SPORTS)
 
@@ -730,9 +722,8 @@ def read_phrases(caption, spans, words, tags):
             quantity = start
         elif is_thing(words, tags, first, last, subject):
             start, end = spans[start + (words[start] == "whose")][0], spans[last][1]
-            subject = spans[subject][0]
-            spoken = caption[start:end], (start, end), caption[subject:end], (subject, end)
-            phrases.append(Phrase(*spoken))
+            at = spans[subject][0]
+            phrases.append(Phrase(caption[start:end], (start, end), caption[at:end], (at, end)))
     return phrases
 
 
@@ -806,7 +797,6 @@ INNER |= {DEGREE: "advmod", NUM: "nummod"}
 WAITS = {ADV: "advmod", DEGREE: "advmod", PREP: "case", LINK: "case", GENITIVE: "case", CONJ: "cc"}
 WAITS |= {INF: "mark", SUB: "mark", BE: "aux", AUX: "aux", EXPLETIVE: "expl"}
 WAITS |= {COMMA: "punct", MARK: "punct", BOTH: "cc:preconj", ICE: "compound"}
-HAVE = ("has", "have", "having")
 NOMINAL, PLACE, EXISTS = "n", "c", "b"  # a noun phrase; next *to*; there *is*
 NONE, WAITING = -1, -2  # no word; the head of a word that has none yet
 # "picks up a box": up belongs to picks; "tries to", "starts": what follows completes it; "gives a
@@ -833,7 +823,7 @@ def refine(words, tags):
     """The tags, with distinctions that only a tree asks for."""
     tags = [*tags, MARK]
     for i, (word, after) in enumerate(zip(words, [*words[1:], ""])):
-        if word in HAVE and tags[i + 1] in (BE, PAST):
+        if word in ("has", "have", "having") and tags[i + 1] in (BE, PAST):
             tags[i] = AUX  # has been
         elif word == "there" and tags[i + 1] in (VERB, BE, AUX):
             tags[i] = EXPLETIVE
@@ -885,14 +875,12 @@ class Grower:
         owner = adjective = last
         joined, chain = [], NONE  # adjectives that hang on the first of their chain
         for i in range(last - 1, first - 1, -1):
-            tag, after = self.tags[i], self.tags[i + 1]
+            tag, after, word = self.tags[i], self.tags[i + 1], self.words[i]
             if tag == GENITIVE:
                 self.hang(i, i - 1, "case")
                 self.hang(i - 1, owner, "nmod:poss")
                 owner = i - 1
-            elif (
-                tag == PARTICIPLE and self.words[i] != "like" and classify(self.words[i]) in PLACES
-            ):
+            elif tag == PARTICIPLE and word != "like" and classify(word) in PLACES:
                 self.hang(i, i - 1, "compound:prt")  # a fenced in area
             elif tag == MARK:  # a "stop" sign
                 closes = MARK in self.tags[first:i]
@@ -908,7 +896,7 @@ class Grower:
                 inner = tag == DET and i > first or tag == NOUN and CONJ in self.tags[first:i][-1:]
                 story = tag == NUM and i + 1 < last and self.words[i - 1] in SINGULAR
                 near = tag == DEGREE or inner or tag == NOUN and after == PARTICIPLE
-                near = near or story and self.words[i] != "one"  # a three story house
+                near = near or story and word != "one"  # a three story house
                 self.hang(i, i + 1 if near else owner, INNER.get(tag, "compound"))
             if tag in (ADJ, PARTICIPLE) or tag == NOUN and i == last - 1:
                 adjective = i
@@ -925,8 +913,9 @@ class Grower:
             if kind in WAITS:
                 self.wait(index, kind)
                 continue
-            if kind == REL:
-                head, label = self.hang_relative(index)
+            if kind == REL:  # hangs on its noun until a verb comes: a man who
+                head, label = self.noun, "nsubj"
+                self.relative = index if self.subject < 0 else self.relative
             elif kind == NOMINAL and not copula:
                 head, label = self.hang_noun(index, start)
             else:
@@ -964,12 +953,6 @@ class Grower:
             self.auxiliary = index
         if tag in (INF, SUB) and self.mark < 0:
             self.mark = index
-
-    def hang_relative(self, index):
-        """Who hangs on its noun until a verb comes: a man who."""
-        if self.subject < 0:
-            self.relative = index
-        return self.noun, "nsubj"
 
     def hang_noun(self, index, start):
         """Head and label of a noun phrase that is no predicate; start is its first word."""
@@ -1092,16 +1075,13 @@ class Grower:
 
     def finish(self):
         """What still waits hangs on the root, which is the first word that can be one."""
-        able = [
-            i for i, tag in enumerate(self.tags) if self.heads[i] == WAITING and tag not in WAITS
-        ]
+        waiting = [i for i, head in enumerate(self.heads) if head == WAITING]
         if self.root < 0:
-            self.root = able[0] if able else 0
-        for i, head in enumerate(self.heads):
-            if head == WAITING:
-                comma = self.tags[i : i + 2] == [COMMA, CONJ] and self.heads[i + 1] >= 0
-                head = self.heads[i + 1] if comma else self.root  # ", and": with the conjunction
-                self.hang(i, head, self.labels[i] or "dep")
+            self.root = next((i for i in waiting if self.tags[i] not in WAITS), 0)
+        for i in waiting:
+            comma = self.tags[i : i + 2] == [COMMA, CONJ] and self.heads[i + 1] >= 0
+            head = self.heads[i + 1] if comma else self.root  # ", and": with the conjunction
+            self.hang(i, head, self.labels[i] or "dep")
         self.hang(self.root, NONE, "root")
 
 
@@ -1157,11 +1137,10 @@ def read_lines(path):
     """
     with open(0 if path == "-" else path, "rb") as file:
         wide = file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff")
-        said = False
         how = ("utf-16", "replace") if wide else ("utf-8-sig", "surrogateescape")
-        text = io.TextIOWrapper(file, *how)
-        for number, line in enumerate(text, 1):
-            if not line.isascii() and re.search("[\udc80-\udcff]", line):
+        said = False
+        for number, line in enumerate(io.TextIOWrapper(file, *how), 1):
+            if re.search("[\udc80-\udcff]", line):
                 line = line.encode("utf-8", "surrogateescape").decode("latin-1")
                 if not said:
                     print(f"{path}:{number}: this is no UTF-8; read as Latin-1", file=sys.stderr)
@@ -1277,8 +1256,8 @@ def score(gold, parses):
     return "\n".join(lines)
 
 
-def command_line():
-    """The options, as argparse reads them."""
+def run():
+    """Prints what the options ask for; OSError and ValueError say what is wrong with them."""
     parser = argparse.ArgumentParser(description="Parse captions into trees and hierarchies.")
     add = parser.add_argument
     add("captions", nargs="*", metavar="CAPTION", help="a caption to parse")
@@ -1286,11 +1265,7 @@ def command_line():
     add("--json", action="store_true", help="print one JSON object a caption instead of text")
     add("--score", metavar="GOLD", help="rate the rules, or --parses, on gold captions")
     add("--parses", metavar="FILE", help="with --score: rate these parses (.jsonl)")
-    return parser.parse_args()
-
-
-def run(options):
-    """Prints what the options ask for; OSError and ValueError say what is wrong with them."""
+    options = parser.parse_args()
     if options.score:
         gold = read_parses(options.score)
         rules = {caption: parse(caption).phrases for caption in gold}
@@ -1303,17 +1278,14 @@ def run(options):
             raise ValueError(f"{name} is a file: --file {name} parses each of its lines")
     lines = read_captions(options.file) if options.file else ()
     for parsed in map(parse, chain(options.captions, lines)):
-        if options.json:
-            print(json.dumps(to_json(parsed), ensure_ascii=False))
-        else:
-            print(show(parsed))
+        print(json.dumps(to_json(parsed), ensure_ascii=False) if options.json else show(parsed))
 
 
 def main():
     """The command line; returns the exit status."""
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:
-        run(command_line())
+        run()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
