@@ -1529,9 +1529,9 @@ def load_pixels(image, upright=False):
     tag says; what is transparent is white. UserError where it is no picture."""
     if isinstance(image, np.ndarray):
         return image
-    how = blaming(f"{image}: not readable as a picture")
+    reading = blaming(f"{image}: not readable as a picture")
     # A file, not a path: of that PIL maps a turned TIFF into memory, and garbles it.
-    with how, open(image, "rb") as file, Image.open(file) as picture:
+    with reading, open(image, "rb") as file, Image.open(file) as picture:
         with suppress(Exception):  # a malformed EXIF block says nothing about the pixels
             if upright:
                 picture = ImageOps.exif_transpose(picture)
@@ -2032,8 +2032,8 @@ def main(argv=None):
         try:
             (look if options.ground else run)(options)
         except KeyboardInterrupt:
-            how = f"; python hist.py --resume --out {shlex.quote(options.out)} goes on"
-            raise KeyboardInterrupt(how if saved_options(options.out) else "") from None
+            command = f"; python hist.py --resume --out {shlex.quote(options.out)} goes on"
+            raise KeyboardInterrupt(command if saved_options(options.out) else "") from None
         if WORLD > 1:
             torch.distributed.destroy_process_group()
 

@@ -221,9 +221,8 @@ ING_STATE = """amazing appearing arriving barking billowing bleeding blinking bl
 LAYERS = ("layer", "level", "story", "tier", "way")  # a two *way* street
 FORMS = ("down", "through", "fit", "length", "neck", "size", "sleeve", "story", "style")
 PLACING = ("by", "near", "beside", "at", "on", "in", "under", "behind")
-DISHES = with_plurals(
-    "casserole curry dish dressing omelet pie pizza salad sandwich soup stew topping"
-)
+DISHES = with_plurals("""casserole curry dish dressing omelet pie pizza salad sandwich soup stew
+    topping""")
 ACTIVITIES = """biking boarding climbing diving fishing sailing shopping skating skiing
     surfing""".split()
 # Words that belong to the noun after them: "hot dog" is a subject.
@@ -337,7 +336,8 @@ Parse = namedtuple("Parse", "caption tokens phrases")
 WORD = "[^\\W_]+(?:\u200b+[^\\W_]+)*"
 TOKEN = re.compile(
     rf"(?:(?:and/or|w/o?)(?![^\W_])|{WORD}(?:\u200b*[-']\u200b*(?!s\b){WORD}|[.,:/](?=\d)\d+"
-    r"|\.(?:(?<=\b(?:[Ss]t|[DdMm]r)\.)|(?<=\b(?:Gen|Gov|Mrs|Rep|Sen|Sgt)\.))|(?<=\b[A-Za-z])\.(?:[A-Za-z]\.)+)*|'\u200b*s\b|\S)"
+    r"|\.(?:(?<=\b(?:[Ss]t|[DdMm]r)\.)|(?<=\b(?:Gen|Gov|Mrs|Rep|Sen|Sgt)\.))"
+    r"|(?<=\b[A-Za-z])\.(?:[A-Za-z]\.)+)*|'\u200b*s\b|\S)"
     "\u200b*"
 )
 ENTITY = re.compile(r"(&(?:#\d{1,7}|#[xX][\da-fA-F]{1,6}|[A-Za-z]\w{1,30});)")
@@ -514,6 +514,7 @@ RULES = (
     (ADV, DET + POSS, STARTS, ADJ),  # a *still* lake
     (ADJ, NOUNS, RIGHT, ADV, lambda at: at.word in LOCATIONS),  # zebra *bottom* left
     (ADJ, NOUN, ANY, NOUN, lambda at: at.word in LOCATIONS),  # a hill *top*
+    # a pink *top*, a train with a yellow *front*
     (ADJ, ADJ + PARTICIPLE, FOLLOWS + RIDING, NOUN, lambda at: at.word in ("front", "top")),
     (ADJ, DET, RIDING, NOUN, lambda at: at.word in LOCATIONS),  # the *middle* holding a bat
     (ADJ, DET + POSS, PLACES + VERB + MARK, NOUN, is_unknown),  # a *guppy* in
@@ -671,6 +672,13 @@ def is_abstract(word):
     return word in NOT_THINGS or bool(ABSTRACT.match(word)) and word not in CONCRETE
 
 
+def is_taken(words, tags, first):
+    """Whether what begins at first is done: takes *a bath*, for *a walk*, in the middle of it."""
+    before = words[first - 1]
+    done = TAKING.match(before) or before == "for" and tags[first] == DET
+    return done or words[first - 2 : first] == ["middle", "of"]
+
+
 def is_thing(words, tags, first, last, subject):
     """Whether one can point at what the noun phrase words[first : last + 1] names."""
     word, before, after = words[last], words[first - 1], words[last + 1]
@@ -680,9 +688,7 @@ def is_thing(words, tags, first, last, subject):
         return word == "view" and subject < last and after != "of"  # a lake view
     if tags[last] == PRON or is_abstract(word):
         return False
-    taken = TAKING.match(before) or before == "for" and tags[first] == DET
-    taken = taken or words[first - 2 : first] == ["middle", "of"]  # in the middle of a swing
-    if taken and (word in ACTS or word in PICTURES):
+    if (word in ACTS or word in PICTURES) and is_taken(words, tags, first):
         return False
     if before in ("says", "saying") and tags[first] != DET:
         return False  # a sign saying stop
@@ -1140,7 +1146,7 @@ def read_lines(path):
         how = ("utf-16", "replace") if wide else ("utf-8-sig", "surrogateescape")
         said = False
         for number, line in enumerate(io.TextIOWrapper(file, *how), 1):
-            if re.search("[\udc80-\udcff]", line):
+            if not line.isascii() and re.search("[\udc80-\udcff]", line):
                 line = line.encode("utf-8", "surrogateescape").decode("latin-1")
                 if not said:
                     print(f"{path}:{number}: this is no UTF-8; read as Latin-1", file=sys.stderr)
