@@ -47,6 +47,7 @@ import torchvision.transforms.v2.functional as TF
 from matplotlib.figure import Figure  # no pyplot: it would choose a backend for the importer
 from PIL import Image, ImageColor, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
+from torchvision.ops import Conv2dNormActivation
 from tqdm import tqdm
 
 import parse
@@ -108,8 +109,8 @@ class Options:
 
 
 PHOTOGRAPHS = dict(base_steps=0, steps=0, lr=3e-4, workers=min(8, os.cpu_count()))
-ON_GPU = dict(vit="vit_small_patch16_224", image_size=224, width=384, text_layers=4)
-ON_CPU = dict(vit="vit_tiny_patch16_224", image_size=160, width=192, text_layers=2)
+GPU = dict(vit="vit_small_patch16_224", image_size=224, width=384, text_layers=4, fusion_layers=4)
+CPU = dict(vit="vit_tiny_patch16_224", image_size=160, width=192, text_layers=2, fusion_layers=2)
 
 
 def presets(typed):
@@ -118,8 +119,7 @@ def presets(typed):
     data, base = typed.get("data", Options.data), typed.get("base", Options.base)
     preset = {"text_layers": 2, "fusion_layers": 1, "out": f"out/{Path(data).stem}"}
     if data != "scenes":
-        preset |= PHOTOGRAPHS | (ON_GPU if torch.cuda.is_available() else ON_CPU)
-        preset["fusion_layers"] = preset["text_layers"]
+        preset |= PHOTOGRAPHS | (GPU if torch.cuda.is_available() else CPU)
     if base == "blip":
         preset["fusion_layers"] += preset["text_layers"]
         preset |= {"text_layers": 0, "out": preset["out"] + "-blip"}
@@ -268,15 +268,12 @@ class Samples(Dataset):
         """The record at a position of the run, and its pixels; the next one's where they cannot be
         read. Scenes are drawn in their own order, other images shuffled in each epoch."""
         epoch, place = divmod(position, len(self))
-        drawn = isinstance(self.records, Scenes)
-        order = range(len(self)) if drawn else epoch_order(len(self), self.options.seed, epoch)
+        crop = None if isinstance(self.records, Scenes) else rng
+        order = epoch_order(len(self), self.options.seed, epoch) if crop else range(len(self))
         for shift in range(len(self)):
             record = self.records[order[(place + shift) % len(self)]]
-            try:
-                crop = None if drawn else rng
+            with blaming(("image", record["image"]), self.skipped):
                 return record, read_image(record["image"], self.options.image_size, crop)
-            except UserError as error:
-                self.skipped.add("image", record["image"], str(error))
         raise UserError(f"none of the {len(self)} pictures to train on can be read")
 
     def text(self, level, parsed, number, parses, rng):
@@ -297,28 +294,26 @@ class Samples(Dataset):
         parses = [self.given.get(said) or parse.parse(said) for said in record["captions"]]
         parsed = rng.choice(parses)
         number = rng.randrange(len(parsed.phrases) or 1)
-        sample = {"image": image}
-        for name, level in LEVELS.items():  # all of them: every training draws the same texts
-            sample[name] = self.text(level, parsed, number, parses, rng)
+        # Of all levels: every training draws the same texts.
+        sample = {name: self.text(LEVELS[name], parsed, number, parses, rng) for name in LEVELS}
         texts = draw_pair(parsed.phrases[number], parsed, parses, rng) if parsed.phrases else []
         part1, part2, whole = map(self.tokenizer.encode, texts or ["", "", ""])
-        sample["pair"] = {"part1": part1, "part2": part2, "whole": whole, "exists": texts != []}
-        return sample
+        pair = {"part1": part1, "part2": part2, "whole": whole, "exists": texts != []}
+        return sample | {"image": image, "pair": pair}
 
 
-def collate(samples):
+def collate(rows, name=""):
     """Samples as a batch of B: image (B, 3, side, side) uint8; for each level ids, masked, labels
     (B, L), exists (B,) bool, text_keys (B,), image_keys (B, MAX_KEYS); for "pair" part1, part2,
-    whole (B, L), exists (B,)."""
-    batch = {"image": torch.stack([sample["image"] for sample in samples])}
-    for part in (*LEVELS, "pair"):
-        batch[part] = {}
-        for name, first in samples[0][part].items():
-            values = [sample[part][name] for sample in samples]
-            if isinstance(first, list):
-                values = pad(values, -100 if name == "labels" else Tokenizer.pad_id)
-            batch[part][name] = torch.as_tensor(values)
-    return batch
+    whole (B, L), exists (B,). name: of what is collated, in a sample."""
+    if isinstance(rows[0], dict):
+        batch = {}
+        for name in rows[0]:
+            batch[name] = collate([row[name] for row in rows], name)
+        return batch
+    if isinstance(rows[0], list):
+        return pad(rows, -100 if name == "labels" else Tokenizer.pad_id)
+    return torch.stack([torch.as_tensor(row) for row in rows])
 
 
 # -------------------------------------------------------------------------------------- model
@@ -326,8 +321,7 @@ layer_norm = partial(nn.LayerNorm, eps=1e-12)  # BERT's eps
 
 
 class Attention(nn.Module):
-    """Multi-head attention with its softmax written out: the fused kernel keeps no A to look at,
-    and has no second derivative on a CPU."""
+    """Multi-head attention, written out: the fused kernel has no A and no second derivative."""
 
     def __init__(self, width, heads, source_width=None):
         super().__init__()
@@ -368,8 +362,7 @@ class Layer(nn.Module):
 
     def forward(self, x, mask, keys_values=None):
         """x (n, L, width), mask (n, 1 or L, L) of what a token may see, an image's keys_values (2,
-        n, heads, N, d) or None -> x (n, L, width), the cross-attention A (n, heads, L, N) or None.
-        """
+        n, heads, N, d) or None -> x (n, L, width), cross-attention A (n, heads, L, N) or None."""
         seen, _ = self.self_attention(x, self.self_attention.keys_values(x), mask)
         x = self.self_norm(x + seen)
         A = None
@@ -470,8 +463,7 @@ class BLIP(ALBEF):
 
     def __init__(self, options, tokenizer):
         super().__init__(options, tokenizer)
-        image_width = self.vit.embed_dim
-        layers = [Layer(options.width, image_width) for _ in self.fusion_layers]
+        layers = [Layer(options.width, self.vit.embed_dim) for _ in self.fusion_layers]
         self.decoder_layers, self.cls_id = nn.ModuleList(layers), tokenizer.cls_id
         for decoder_layer, layer in zip(layers, self.fusion_layers):
             for name in ("cross_attention", "cross_norm", "mlp", "mlp_norm"):
@@ -698,7 +690,9 @@ def loader(samples, options, first, last):
     """Batches of positions first to last of the run; each process has its part of each step."""
     size = options.batch_size // (options.accumulate * WORLD)
     positions = [p for p in range(first, last) if p // size % WORLD == RANK]
-    return DataLoader(samples, size, sampler=positions, collate_fn=collate, **loading(options))
+    how = {"num_workers": options.workers, "timeout": PATIENCE if options.workers else 0}
+    how |= {"worker_init_fn": start_worker, "pin_memory": options.device == "cuda"}
+    return DataLoader(samples, size, sampler=positions, collate_fn=collate, **how)
 
 
 def loss_weights(levels, composition):
@@ -753,8 +747,7 @@ def train(name, levels, samples, options, steps):
             composition *= options.composition_weight
             if "composition" in levels and composition > 0 and teacher is None:
                 teacher = make_teacher(model)  # of the weights as composition begins
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, peak)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
             # Seeded anew, a resumed run draws the same negatives.
             torch.manual_seed((options.seed << 32) + (before + step) * WORLD + RANK)
             values = train_step(
@@ -805,11 +798,10 @@ def balance(heat, mask1, mask2):
 def vqa_accuracy(said, answers):
     """1 for the only answer; for ten annotators' VQA v2's accuracy: min(n / 3, 1), n of the others
     having said it, averaged over leaving out each."""
-    count = [answer.strip() for answer in answers].count(said.strip())
-    total = len(answers)
-    if total == 1:
-        return float(count)
-    return (count * min((count - 1) / 3, 1) + (total - count) * min(count / 3, 1)) / total
+    same = [answer.strip() == said.strip() for answer in answers]
+    if len(same) == 1:
+        return float(same[0])
+    return float(np.mean([min((sum(same) - own) / 3, 1) for own in same]))
 
 
 def box_mask(boxes, side):
@@ -835,8 +827,7 @@ def targets_of(record, size, side):
 
 
 def texts_to_find(targets, rng):
-    """[(kinds of measure, text, Targets it names), …]: each phrase, each subject, and up to three
-    pairs of objects, which have no kind."""
+    """[(kinds of measure, text, Targets named), …]: phrases, subjects, three pairs, of no kind."""
     subjects, objects = defaultdict(list), defaultdict(list)
     for target in targets:
         phrases = parse.parse(target.phrase).phrases
@@ -905,13 +896,11 @@ def measure_maps(model, tokenizer, records, options, answers):
                 shares = balance(heat, named[0].mask, named[1].mask)
                 pairs.append(Pair(record, shares, multi_object_iou(heat, mask), mask.mean()))
         for question in record.get("questions", []):
-            choices = question.get("choices") or answers
-            if not choices:
-                continue
-            said = answer(model, tokenizer, image, question["text"], choices)
-            for name in ("vqa", f"vqa_{question['kind']}"):
-                values[name].append(vqa_accuracy(said, question["answers"]))
-                values[f"{name}_chance"].append(1 / len(choices))
+            if choices := question.get("choices") or answers:
+                said = answer(model, tokenizer, image, question["text"], choices)
+                for name in ("vqa", f"vqa_{question['kind']}"):
+                    values[name].append(vqa_accuracy(said, question["answers"]))
+                    values[f"{name}_chance"].append(1 / len(choices))
     return values, pairs
 
 
@@ -970,10 +959,8 @@ def best_threshold(pairs):
 def pair_measures(pairs, val_pairs):
     """IoU and balance of pairs. The IoU's threshold is val_pairs' best; where there are none, the
     images are halved, and each half has the other's."""
-    halves, ious = ([], []), []
-    of_images = itertools.groupby(pairs, lambda pair: id(pair.record))
-    for number, (_, same) in enumerate(of_images):
-        halves[number % 2].extend(same)
+    of_image = [list(same) for _, same in itertools.groupby(pairs, lambda pair: id(pair.record))]
+    halves, ious = [list(itertools.chain(*of_image[first::2])) for first in (0, 1)], []
     for half, other in (halves, halves[::-1]):
         best = best_threshold(val_pairs or other)
         ious += [pair.iou[best] for pair in half]
@@ -1015,6 +1002,7 @@ def draw_map(ax, title, picture, heat, region):
     """A map over its picture, a cross at its highest point, a line around the target."""
     how = {"extent": (0, 1, 1, 0), "aspect": picture.shape[0] / picture.shape[1]}
     ax.imshow(picture, **how)
+    ax.set_axis_off()
     ax.set_title(textwrap.fill(title, 32), fontsize=9, parse_math=False)
     if heat is not None:
         ax.imshow(heat, cmap="inferno", alpha=0.7, vmin=0, **how)
@@ -1045,12 +1033,9 @@ def draw_grounding(models, tokenizer, records, options, path):
                 rows[-1].append((f"{name}: {text} ({probability:.2f})", picture, heat, region))
     columns = max(len(row) for row in rows)
     figure = Figure(figsize=(2.6 * columns, 2.75 * len(rows) + 0.5), layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    for line, row in zip(axes, rows):
-        for ax, drawn in zip(line, row):
-            draw_map(ax, *drawn)
+    for line, row in enumerate(rows):
+        for place, drawn in enumerate(row, line * columns + 1):
+            draw_map(figure.add_subplot(len(rows), columns, place), *drawn)
     figure.suptitle("Grad-CAM; a cross: its maximum; a line: the target; in brackets: P(a match)")
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
@@ -1086,16 +1071,19 @@ def corners(count, *radii):
 
 
 def polygon(numbers):
-    """Points (n, 2) from "x y x y …" in hundredths."""
-    return np.array(numbers.split(), dtype=float).reshape(-1, 2) / 100
+    """Points (n, 2) from "x y x y …" in hundredths; a right half gets its mirror image."""
+    points = np.array(numbers.split(), dtype=float).reshape(-1, 2) / 100
+    if points[:, 0].min() < 0:
+        return points
+    return np.concatenate([points, points[::-1] * (-1, 1)])
 
 
-def mirrored(right):
-    """A polygon (2 n, 2) from its right half (n, 2), which goes from top to bottom."""
-    return np.concatenate([right, right[::-1] * (-1, 1)])
-
-
-HALVES = {  # the right half of what its mirror image completes
+OUTLINES = {  # a right half goes from top to bottom
+    "boat": "-6 -50 32 6 2 6 2 14 48 14 30 44 -30 44 -48 14 -6 14",
+    "bolt": "10 -50 -34 8 -4 8 -12 50 34 -10 4 -10",
+    "flag": "-40 -48 46 -25 -26 -2 -26 48 -40 48",
+    "fish": "-48 -30 -20 -8 8 -32 48 0 8 32 -20 8 -48 30",
+    "stairs": "-46 46 -46 -46 -15 -46 -15 -15 15 -15 15 15 46 15 46 46",
     "square": "42 -42 42 42",
     "heart": "0 -20 16 -38 34 -38 46 -18 42 0 0 42",
     "cross": "15 -46 15 -15 46 -15 46 15 15 15 15 46",
@@ -1110,18 +1098,10 @@ HALVES = {  # the right half of what its mirror image completes
     "bell": "8 -48 24 -34 30 14 48 36 12 36 10 48",
     "comb": "46 -40 46 40 28 40 28 -10 9 -10 9 40",
 }
-OUTLINES = {
-    "boat": "-6 -50 32 6 2 6 2 14 48 14 30 44 -30 44 -48 14 -6 14",
-    "bolt": "10 -50 -34 8 -4 8 -12 50 34 -10 4 -10",
-    "flag": "-40 -48 46 -25 -26 -2 -26 48 -40 48",
-    "fish": "-48 -30 -20 -8 8 -32 48 0 8 32 -20 8 -48 30",
-    "stairs": "-46 46 -46 -46 -15 -46 -15 -15 15 -15 15 15 46 15 46 46",
-}
 ROUND = {"circle": (40, 0.46), "ring": (40, 0.46), "moon": (40, 0.46), "triangle": (3, 0.5)}
 ROUND |= {"star": (10, 0.5, 0.2), "diamond": (4, 0.48, 0.3)}
 SHAPES = {name: corners(*form) for name, form in ROUND.items()}  # in a square from -0.5 to 0.5
 SHAPES |= {name: polygon(numbers) for name, numbers in OUTLINES.items()}
-SHAPES |= {name: mirrored(polygon(numbers)) for name, numbers in HALVES.items()}
 HOLES = {"ring": (0.27, 0.27, 0.73, 0.73), "moon": (0.3, -0.05, 1, 0.65)}  # ellipses, x0 y0 x1 y1
 KINDS = list(itertools.product(COLOURS, SHAPES))
 UNSEEN = set(KINDS[::5])  # in held-out scenes only
@@ -1154,10 +1134,9 @@ def coverage(thing, side):
     big = Image.new("L", (4 * side, 4 * side))
     draw, corner, size = ImageDraw.Draw(big), np.array([4 * thing.x, 4 * thing.y]), 4 * thing.size
     points = (SHAPES[thing.shape] + 0.5) * size + corner
-    draw.polygon([tuple(point) for point in points], fill=255)
+    draw.polygon(points.flatten().tolist(), fill=255)
     if thing.shape in HOLES:
-        hole = np.array(HOLES[thing.shape]) * size + np.tile(corner, 2)
-        draw.ellipse(tuple(hole), fill=0)
+        draw.ellipse((np.array(HOLES[thing.shape]) * size + np.tile(corner, 2)).tolist(), fill=0)
     return np.float32(big.resize((side, side), Image.Resampling.BOX)) / 255
 
 
@@ -1208,12 +1187,9 @@ def describe(rng, things, side):
         said.append((with_article(" ".join(words)), things.index(thing)))
     where = relation(*listed[:2], rng) if len(listed) > 1 else ""
     names = [phrase for phrase, _ in said]
-    parts = [rng.choice(LISTS[len(listed) - 1]).format(*names, where=where)] if listed else []
-    if clause:
-        parts.append(" is ".join(clause))
-    caption = " and ".join(parts)
+    listing = rng.choice(LISTS[len(listed) - 1]).format(*names, where=where) if listed else ""
     said += [(part, things.index(last)) for part in clause if " " in part]
-    return caption, said
+    return " and ".join(filter(None, [listing, " is ".join(clause)])), said
 
 
 def ask(rng, things):
@@ -1221,20 +1197,14 @@ def ask(rng, things):
     true: of a kind that is there, and of one that is not but shares a colour or shape with it."""
     there = [thing[:2] for thing in things]
     absent = [kind for kind in KINDS if kind not in there and set(kind) & set(there[0])]
-
-    def question(kind, text, choices, right):
-        return {"kind": kind, "text": text, "choices": list(choices), "answers": [right]}
-
-    questions = []
+    asked = []
     for kind, right in ((there[0], "yes"), (rng.choice(absent), "no")):
-        questions.append(question("is_there", with_article(" ".join(kind)), ("no", "yes"), right))
+        asked.append(("is_there", with_article(" ".join(kind)), ["no", "yes"], [right]))
     for thing in alone(things, "shape")[:1]:
-        text = f"the {thing.shape} is [MASK]"
-        questions.append(question("colour", text, COLOURS, thing.colour))
+        asked.append(("colour", f"the {thing.shape} is [MASK]", [*COLOURS], [thing.colour]))
     for thing in alone(things, "colour")[:1]:
-        text = f"the {thing.colour} shape is a [MASK]"
-        questions.append(question("shape", text, SHAPES, thing.shape))
-    return questions
+        asked.append(("shape", f"the {thing.colour} shape is a [MASK]", [*SHAPES], [thing.shape]))
+    return [dict(zip(("kind", "text", "choices", "answers"), row)) for row in asked]
 
 
 def draw_scene(rng, side, wanted, unseen):
@@ -1247,8 +1217,7 @@ def draw_scene(rng, side, wanted, unseen):
         ink = np.float32([value + rng.gauss(0, 12) for value in ImageColor.getrgb(thing.colour)])
         image += covered[..., None] * (ink - image)
         mask = covered >= covered.max() / 2
-        ys, xs = np.nonzero(mask)
-        box = [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]
+        box = list(Image.fromarray(mask).getbbox())
         tags = [f"shared_{w}" for w in ("colour", "shape") if thing not in alone(things, w)]
         tags += ["unseen"] if thing[:2] in UNSEEN else []
         phrase = with_article(f"{thing.colour} {thing.shape}")
@@ -1259,11 +1228,11 @@ def draw_scene(rng, side, wanted, unseen):
 
 
 class Scenes:
-    """n scenes of three to six objects, drawn on demand by number, seed and name: no two sets share
-    a scene. held_out: with UNSEEN kinds too."""
+    """n scenes of three to six objects, or of as many as said, drawn on demand by number, seed and
+    name: no two sets share a scene. held_out: with UNSEEN kinds too."""
 
-    def __init__(self, n, options, name, held_out):
-        self.n, self.side, self.held_out = n, options.image_size, held_out
+    def __init__(self, n, options, name, held_out, objects=None):
+        self.n, self.side, self.held_out, self.objects = n, options.image_size, held_out, objects
         self.stream = f"{options.seed} {name}"
 
     def __len__(self):
@@ -1271,22 +1240,20 @@ class Scenes:
 
     def __getitem__(self, i):
         rng = random.Random(f"{self.stream} {i}")
-        return draw_scene(rng, self.side, rng.randint(3, 6), self.held_out)
+        return draw_scene(rng, self.side, self.objects or rng.randint(3, 6), self.held_out)
 
 
 def name_shapes(model, options):
     """What ImageNet is to ALBEF's image encoder: the model's learns to name the shape of the one
     object of a scene, and the head it names with is thrown away."""
-    shapes = list(SHAPES)
+    shapes, n = list(SHAPES), options.batch_size
+    drawn = Scenes(n * options.vit_steps, options, "one", held_out=False, objects=1)
     head = nn.Linear(model.vit.embed_dim, len(shapes)).to(options.device)
     weights = [*model.vit.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(weights, weight_decay=WEIGHT_DECAY, betas=BETAS)
     bar = tqdm(range(options.vit_steps), "vit", unit="step", disable=RANK > 0)
     for step in bar:
-        scenes = []
-        for number in range(step * options.batch_size, (step + 1) * options.batch_size):
-            rng = random.Random(f"{options.seed} one {number}")
-            scenes.append(draw_scene(rng, options.image_size, wanted=1, unseen=False))
+        scenes = [drawn[number] for number in range(step * n, (step + 1) * n)]
         names = [scene["targets"][0]["phrase"].split()[-1] for scene in scenes]
         named = torch.tensor([shapes.index(name) for name in names], device=options.device)
         images = [read_image(scene["image"], options.image_size) for scene in scenes]
@@ -1305,15 +1272,10 @@ def scenes_vit(options):
     """Four convolutions, 6 pixels to a token that sees 26, and one ViT layer: learns shapes where a
     linear patch layer learns colours only (a stem as in arXiv 2106.14881, with batch norm). What
     sees farther, two 3x3 convolutions at the end, places a shape beside where it is."""
-
-    def convolution(channels_in, channels_out, kernel, stride):
-        padding = (kernel - stride) // 2  # centres each token on its patch, or maps are shifted
-        conv = nn.Conv2d(channels_in, channels_out, kernel, stride, padding, bias=False)
-        return [conv, nn.BatchNorm2d(channels_out), nn.ReLU()]
-
     w = options.width
-    sizes = [(3, w // 2, 6, 2), (w // 2, w, 5, 3), (w, w, 3, 1), (w, w, 1, 1)]
-    stem = nn.Sequential(*itertools.chain(*itertools.starmap(convolution, sizes)))
+    # in, out, kernel, stride; paddings that centre each token on its patch, or maps are shifted
+    sizes = [(3, w // 2, 6, 2, 2), (w // 2, w, 5, 3, 1), (w, w, 3, 1, 1), (w, w, 1, 1, 0)]
+    stem = nn.Sequential(*itertools.chain(*itertools.starmap(Conv2dNormActivation, sizes)))
     embed = partial(timm.layers.HybridEmbed, backbone=stem)
     # With a [CLS] matching reads the scene off it, and maps point nowhere.
     how = dict(class_token=False, global_pool="max", num_classes=0, embed_layer=embed)
@@ -1396,8 +1358,7 @@ def cut_box(box, size):
 
 def read_coco(root, split, skipped):
     """Records of COCO 2017's split, in pixels as stored; of "val" with boxes and masks."""
-    folder, notes = root / f"{split}2017", root / "annotations"
-    told, instances = (notes / f"{kind}_{split}2017.json" for kind in ("captions", "instances"))
+    folder, told = root / f"{split}2017", root / f"annotations/captions_{split}2017.json"
     how = f"python -m tests.paper.convert coco {root} fetches it (20 GB), or see cocodataset.org"
     for path in (told, folder):
         insist(path.exists(), f"--root {root}: there is no {path}; {how}")
@@ -1415,7 +1376,7 @@ def read_coco(root, split, skipped):
             insist(caption, "it is empty")
             records[entry["image_id"]]["captions"].append(caption)
     if split == "val":
-        add_instances(records, instances, skipped)
+        add_instances(records, root / "annotations/instances_val2017.json", skipped)
     for record in records.values():
         if not record["captions"]:
             skipped.add("image", record["image"], "no caption of it can be used")
@@ -1471,8 +1432,7 @@ def decode_mask(mask):
 def read_record(line, folder):
     """A record from a line of JSONL; what it raises says what is wrong with it."""
     record = json.loads(line)
-    name, captions = Path(record["image"]), record["captions"]
-    split, targets = record.get("split", "train"), record.get("targets") or []
+    name, captions, targets = Path(record["image"]), record["captions"], record.get("targets") or []
     inside = not name.is_absolute() and ".." not in name.parts  # where a link leads is not asked
     insist(inside, f'"image": {name} leads out of {folder}')
     insist((folder / name).is_file(), f'"image": there is no picture {folder / name}')
@@ -1488,7 +1448,7 @@ def read_record(line, folder):
         good = isinstance(question["text"], str) and question["kind"] and question["answers"]
         good = good and all(isinstance(answer, str) for answer in question["answers"])
         insist(good, '"questions": a question is {"text": …, "kind": …, "answers": ["…", …]}')
-    return record | {"image": folder / name, "split": split, "targets": targets}
+    return {"split": "train"} | record | {"image": folder / name, "targets": targets}
 
 
 def read_jsonl(path):
@@ -1538,8 +1498,7 @@ def load_pixels(image, upright=False):
             picture.getexif().pop(0x0112, None)  # or PIL turns a TIFF as it loads it
         if picture.mode[0] in "IF":  # 16 bits, or floats, which convert() would cut
             grey = np.nan_to_num(np.asarray(picture.convert("F")), posinf=0)
-            whites = (top for top in (1, 255) if grey.max() <= 1.05 * top)  # or so
-            white = next(whites, grey.max())
+            white = next((top for top in (1, 255) if grey.max() <= 1.05 * top), grey.max())
             grey = 255 * (grey / white).clip(0, 1)
             picture = Image.fromarray(grey.round().astype(np.uint8))
         if picture.has_transparency_data:
@@ -1553,10 +1512,9 @@ def read_image(image, side, crop=None):
     """A path or an array as (3, side, side) uint8, squeezed; crop: an rng, for a random part."""
     pixels = torch.from_numpy(np.ascontiguousarray(load_pixels(image))).permute(2, 0, 1)
     if crop:
-        height, width = (round(edge * crop.uniform(0.7, 1)) for edge in pixels.shape[1:])
-        top = crop.randint(0, pixels.shape[1] - height)
-        left = crop.randint(0, pixels.shape[2] - width)
-        pixels = pixels[:, top : top + height, left : left + width]
+        size = [round(edge * crop.uniform(0.7, 1)) for edge in pixels.shape[1:]]
+        corner = [crop.randint(0, edge - part) for edge, part in zip(pixels.shape[1:], size)]
+        pixels = TF.crop(pixels, *corner, *size)
     return TF.resize(pixels, [side, side], antialias=True)
 
 
@@ -1635,9 +1593,8 @@ def start_training(path, samples, options, base_steps):
     """(model, teacher, optimizer, steps done, seconds) of a training: with --resume as its own
     checkpoint has them; or from the base, where it goes on from one, or --init; or from scratch."""
     torch.manual_seed(options.seed)
-    resumed, source = options.resume and path.exists(), options.init
-    if resumed or base_steps:
-        source = path if resumed else path.with_name("base.pt")
+    resumed = options.resume and path.exists()
+    source = path if resumed else path.with_name("base.pt") if base_steps else options.init
     if source:
         model, tokenizer, state = read_checkpoint(source, options)
         same = tokenizer.words == samples.tokenizer.words
@@ -1693,20 +1650,12 @@ def to_device(batch, device):
 PATIENCE = 50  # seconds that a batch is waited for, which a worker may have lost
 
 
-def loading(options):
-    """How a DataLoader's processes work."""
-    how = {"num_workers": options.workers, "worker_init_fn": start_worker}
-    how["timeout"] = PATIENCE if options.workers else 0
-    return how | {"pin_memory": options.device == "cuda"}
-
-
 def start_worker(number):
     """Of a process that loads images: Ctrl-C, and what fails, are the main process's to tell."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stderr = open(os.devnull, "w")
 
 
-EPOCHS = 10  # of --steps 0
 ONCE = ("resume", "eval_only", "ground", "device")  # asked of one command, not kept with a run
 OF_MODEL = ("base", "vit", "image_size", "width", "text_layers", "fusion_layers", "cam_layer")
 CHECKPOINTS = ("base.pt", "baseline.pt", "hist.pt")
@@ -1716,16 +1665,15 @@ CHANGEABLE = ("lr", "accumulate", "save_every", "workers", "eval_images", "max_b
 
 def table(results):
     """{training: {measure: value}} as text, in percent: a line each, with what chance gives."""
-    columns = [*results, "chance", "any pixel"]
-    lines = [" " * 34 + "".join(f"{name:>12}" for name in columns)]
+    rows = [("", *results, "chance", "any pixel")]
     first = next(iter(results.values()))
     for name, value in first.items():
         if "_chance" not in name and isinstance(value, float):
             values = [result[name] for result in results.values()]
             values += [first.get(f"{name}_chance"), first.get(f"{name}_chance_pixel")]
-            shown = ["" if value is None else f"{100 * value:.1f}" for value in values]
-            lines.append(f"{name:34}" + "".join(f"{text:>12}" for text in shown))
-    return "\n".join(lines)
+            rows.append([name, *("" if v is None else f"{100 * v:.1f}" for v in values)])
+    line = "{:34}" + "{:>12}" * (len(results) + 2)
+    return "\n".join(line.format(*row) for row in rows)
 
 
 def free_cores():
@@ -1801,10 +1749,9 @@ def check_changes(typed, saved):
 
 def check_options(options):
     """Settle the device; UserError where options do not fit each other, or the machine."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    here = {"cuda": cuda, "mps": mps, "cpu": True}
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if options.device == "auto":
-        options.device = next(device for device in here if here[device])
+        options.device = next(device for device in has if has[device])
     for name, value in vars(options).items():
         least = int(name in ("accumulate", "batch_size", "save_every", "image_size", "width"))
         good = not isinstance(value, (int, float)) or value >= least
@@ -1814,7 +1761,7 @@ def check_options(options):
     parts = options.accumulate * WORLD
     whole = options.batch_size % parts == 0
     insist(whole, f"--batch-size: take a multiple of {parts}, --accumulate times processes")
-    insist(here.get(options.device), f"--device {options.device}: this machine has none")
+    insist(has.get(options.device), f"--device {options.device}: this machine has none")
     named, levels = set(options.levels.split(",")), {*LEVELS, "composition"}
     insist(named <= levels, f"--levels {options.levels}: they are {', '.join(levels)}")
     insist(named & set(LEVELS), "--levels composition: it needs another, until it begins")
@@ -1829,26 +1776,20 @@ def check_options(options):
     insist(not there, "--init: it lies in --out, which a run empties; say another --out")
 
 
-def is_another_process(number):
-    there = number.isdigit() and int(number) != os.getpid()
-    if there and os.name != "nt":  # there it would end the process that it asks after
-        try:
-            os.kill(int(number), 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:  # of another person's
-            return True
-    return there
-
-
 @contextmanager
 def only_writer(out):
     """No other run writes into a folder meanwhile: a file there holds the number of the process,
     and counts nothing when that is gone."""
     lock = out / "running"
     holder = lock.read_text() if lock.exists() else ""
+    held = holder.isdigit() and int(holder) != os.getpid()
+    if held and os.name != "nt":  # there it would end the process that it asks after
+        try:
+            os.kill(int(holder), 0)
+        except OSError as error:
+            held = isinstance(error, PermissionError)  # another person's; others are gone
     said = f"another run writes into {out}, process {holder}; if it does not, delete {lock}"
-    insist(not is_another_process(holder), said)
+    insist(not held, said)
     out.mkdir(parents=True, exist_ok=True)
     lock.write_text(str(os.getpid()))
     try:
@@ -1863,10 +1804,8 @@ def prepare(options):
     """(Samples to train on, held-out records) of a run, its folder made and its options written.
     Checkpoints and options there stay as they are until all that was typed is known to fit."""
     out, fresh = Path(options.out), RANK == 0 and not options.resume
-    tokenizer = None
-    if options.init:  # options that build no model stop here, either way
-        tokenizer = read_checkpoint(options.init, options)[1]
-    else:
+    tokenizer = read_checkpoint(options.init, options)[1] if options.init else None
+    if tokenizer is None:  # options that build no model stop here, either way
         MODELS[options.base](options, Tokenizer(Tokenizer.SPECIAL))
     grown = map(out.joinpath, (*CHECKPOINTS, "metrics.jsonl"))
     old = [path for path in grown if fresh and path.exists()]
@@ -1878,7 +1817,7 @@ def prepare(options):
         skipped.path.unlink(missing_ok=True)
     records, held_out = load_data(options, skipped)
     insist(len(records), f"{options.data}: there is no image to train on")
-    options.steps = options.steps or max(1, EPOCHS * len(records) // options.batch_size)
+    options.steps = options.steps or max(1, 10 * len(records) // options.batch_size)  # ten epochs
     # Every word of the scenes is in any two thousand of them.
     some = range(100_000, 102_000) if options.data == "scenes" else range(len(records))
     captions = (caption for i in some for caption in records[i]["captions"])
@@ -1902,9 +1841,8 @@ def prepare(options):
 def run(options):
     """Train the models, or none with --eval-only, and evaluate them on the same records."""
     if options.eval_only:
-        path = writable(Path(options.out)) / "eval-only.skipped.jsonl"
-        path.unlink(missing_ok=True)
-        skipped = Skipped(path, options.max_bad)
+        skipped = Skipped(writable(Path(options.out)) / "eval-only.skipped.jsonl", options.max_bad)
+        skipped.path.unlink(missing_ok=True)
         return report(options, *load_data(options, skipped), skipped)
     with only_writer(Path(options.out)) if RANK == 0 else nullcontext():
         samples, held_out = prepare(options)
@@ -1990,8 +1928,7 @@ def look(options):
 def sentence(error):
     """What a person is told of an error; one of the program's own is raised again."""
     said = " ".join(str(error).split("UserError: ")[-1].split())  # a worker's has its traceback
-    memory = (MemoryError, torch.OutOfMemoryError)
-    if isinstance(error, memory) or "allocate memory" in said:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in said:
         return f"out of memory: lower --batch-size or --image-size, or raise --accumulate: {said}"
     lost = "DataLoader worker (pid|DataLoader timed out|shared memory|open files|ancdata".split("|")
     if isinstance(error, ConnectionError) or any(text in said for text in lost):
