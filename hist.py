@@ -667,6 +667,12 @@ def gather(x):
     return x if WORLD == 1 else torch.cat(torch.distributed.nn.all_gather(x))
 
 
+def barrier():
+    """All processes wait here for each other."""
+    if WORLD > 1:
+        torch.distributed.barrier()
+
+
 def ramp(done, start, length):
     """0 until start, then linearly up to 1 within length."""
     return min(1.0, max(0.0, (done - start) / length))
@@ -762,8 +768,7 @@ def train(name, levels, samples, options, steps):
                 samples.skipped.check()
                 seconds = time.time() - began
                 save(path, model, teacher, optimizer, step + 1, seconds, samples, options)
-    if WORLD > 1:
-        torch.distributed.barrier()  # the checkpoint is there before anyone goes on from it
+    barrier()  # the checkpoint is there before anyone goes on from it
     return model, seconds
 
 
@@ -1803,18 +1808,18 @@ def only_writer(out):
 def prepare(options):
     """(Samples to train on, held-out records) of a run, its folder made and its options written.
     Checkpoints and options there stay as they are until all that was typed is known to fit."""
-    out, fresh = Path(options.out), RANK == 0 and not options.resume
+    out, reading = Path(options.out), "skipped.jsonl" if options.resume else "new.skipped.jsonl"
     tokenizer = read_checkpoint(options.init, options)[1] if options.init else None
     if tokenizer is None:  # options that build no model stop here, either way
         MODELS[options.base](options, Tokenizer(Tokenizer.SPECIAL))
-    grown = map(out.joinpath, (*CHECKPOINTS, "metrics.jsonl"))
-    old = [path for path in grown if fresh and path.exists()]
+    grown = map(out.joinpath, (*CHECKPOINTS, "metrics.jsonl", "skipped.jsonl"))
+    old = [path for path in grown if path.exists() and not options.resume]
     data = (saved_options(out) or {}).get("data", options.data)
     same = not old or os.path.abspath(data) == os.path.abspath(options.data)
     insist(same, f"{out} holds a run on {data}: say another --out, or delete it")
-    skipped = Skipped(out / "skipped.jsonl", options.max_bad)
-    if fresh:
-        skipped.path.unlink(missing_ok=True)
+    if RANK == 0:
+        (out / "new.skipped.jsonl").unlink(missing_ok=True)  # of a command that was refused
+    skipped = Skipped(out / reading, options.max_bad)
     records, held_out = load_data(options, skipped)
     insist(len(records), f"{options.data}: there is no image to train on")
     options.steps = options.steps or max(1, 10 * len(records) // options.batch_size)  # ten epochs
@@ -1826,6 +1831,7 @@ def prepare(options):
     for name in CHECKPOINTS:
         if options.resume and (out / name).exists():
             start_training(out / name, samples, options, 0)
+    barrier()
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
         for path in old:
@@ -1833,8 +1839,10 @@ def prepare(options):
             path.unlink()
         kept = {name: value for name, value in asdict(options).items() if name not in ONCE}
         write_whole(out / "options.json", json.dumps(kept, indent=1))
-    if WORLD > 1:
-        torch.distributed.barrier()
+        if skipped.path.exists():
+            skipped.path.replace(out / "skipped.jsonl")
+    skipped.path = out / "skipped.jsonl"
+    barrier()
     return samples, held_out
 
 

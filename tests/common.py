@@ -127,3 +127,8 @@ def own_folder(root, n=12):
             row["targets"] = [cat, dog]
         rows.append(json.dumps(row) + "\n\n")
     (root / "my.jsonl").write_text("".join(rows), encoding="utf-8")
+
+
+def contents(folder):
+    """{name: bytes} of a folder's files."""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}

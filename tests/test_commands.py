@@ -17,6 +17,7 @@ from common import (
     SCENES,
     WRITTEN,
     coco_folder,
+    contents,
     lines,
     own_folder,
     record,
@@ -169,11 +170,6 @@ def test_a_new_run_forgets_the_old_one_and_resume_keeps_it(here):
 
 
 # ----------------------------------------------------------------------- runs and their folders
-def contents(folder):
-    """{name: bytes} of a folder's files."""
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-
 @pytest.fixture
 def run_here(scenes_run, here):
     """A copy of the scenes' run, six steps long, in out/scenes of an empty folder."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import COCO_MINI, PHOTOS, ROOT, SMALL, coco_folder, lines, refused
+from common import COCO_MINI, PHOTOS, ROOT, SMALL, coco_folder, contents, lines, refused
 from PIL import Image
 from test_data import READABLE, UNREADABLE, damage
 
@@ -51,9 +51,15 @@ def test_a_run_on_damaged_data_goes_on_without_it_and_stops_above_a_limit(here, 
     said = capsys.readouterr().out
     assert f"{len(listed)} images could not be used" in said
     assert "r1_text_to_image" in said and "out/coco/skipped.jsonl" in said
+    before = contents("out/coco")
     said = refused(capsys, *COCO, "--max-bad", "0.1")
     assert "images cannot be used, more than --max-bad 0.1" in said
-    assert "out/coco/skipped.jsonl lists them" in said
+    assert "out/coco/new.skipped.jsonl lists them" in said
+    after = contents("out/coco")
+    assert after.pop("new.skipped.jsonl") and after == before  # the run there is as it was
+    hist.main([*COCO, "--steps", "2", "--levels", "caption", "--max-bad", "0.9"])
+    assert "new.skipped.jsonl" not in contents("out/coco")
+    assert listed_as_damaged(found) == listed
 
 
 @pytest.mark.skipif(not COCO_MINI.exists(), reason="needs coco-mini")
