@@ -135,8 +135,7 @@ def read_vg(root, skipped, exclude=""):
 def excluded_images(root, exclude):
     """Ids of images listed, one a line or as JSON, by this id or COCO's (from image_data.json)."""
     with blaming(f"--exclude {exclude}"):
-        text = re.sub(r'[\[\]",]', " ", parse.read_text(exclude))
-        listed = {int(image_id) for image_id in text.split()}
+        listed = set(map(int, re.findall(r'[^\s\[\]",]+', parse.read_text(exclude))))
     with blaming(root / "image_data.json"):
         told = [image for path in root.glob("image_data.json") for image in stream(path)]
         return listed | {image["image_id"] for image in told if image.get("coco_id") in listed}
@@ -375,9 +374,10 @@ def convert(read, name, root, max_bad):
                 splits[split] += 1
                 file.write(json.dumps({**record, "image": image}) + "\n")
         images = skipped.count("image")
-        if skipped.added:
-            told = f"{len(skipped.added)} entries left out, {images} of them images"
-            print(f"{told}: {listed} says why", file=sys.stderr)
+        if listed.exists():
+            entries = len(listed.read_text().splitlines())
+            told = f"{entries} entries left out, {images} of them images: {listed} says why"
+            print(told, file=sys.stderr)
         skipped.total = splits.total() + images
         skipped.check()
         for split in NEEDED.get(name, ["val"]):
