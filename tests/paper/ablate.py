@@ -100,13 +100,12 @@ def point_at(model, tokenizer, records, options):
     found, hits, chances, side = Counter(), [], [], options.image_size
     for record in records:
         targets, said = record["targets"], record["said"]
-        asked = [(target["phrase"], target) for target in targets]
-        asked += [(phrase, targets[number]) for phrase, number in said]
+        texts = [target["phrase"] for target in targets] + [phrase for phrase, _ in said]
+        meant = targets + [targets[number] for _, number in said]
         image = hist.read_image(record["image"], side).to(options.device)
-        texts = [text for text, _ in asked]
         maps, _ = hist.maps_of(model, tokenizer, image, texts, options.cam_layer)
         places = []
-        for (_, target), heat in zip(asked, maps):
+        for target, heat in zip(meant, maps):
             y, x = np.unravel_index(heat.argmax(), heat.shape)
             places.append(where(x, y, target, targets, side))
         found.update(places[: len(targets)])
