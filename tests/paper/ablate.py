@@ -76,9 +76,7 @@ def subjects_found(records):
         found.update((number, phrase.text, phrase.subject) for phrase in phrases)
         said.update((number, phrase, phrase.split()[-1]) for phrase, _ in record["said"])
     right = (found & said).total()
-    precision = right / max(1, found.total())
-    recall = right / max(1, said.total())
-    return precision, recall
+    return right / max(1, found.total()), right / max(1, said.total())
 
 
 def where(x, y, target, others, side):
@@ -91,7 +89,7 @@ def where(x, y, target, others, side):
 
     if within(target, 0):
         return "own"
-    if any(within(other, 0) for other in others if other is not target):
+    if any(within(other, 0) for other in others):
         return "other"
     return "beside" if within(target, BESIDE * side) else "elsewhere"
 
@@ -102,20 +100,18 @@ def point_at(model, tokenizer, records, options):
     found, hits, chances, side = Counter(), [], [], options.image_size
     for record in records:
         targets, said = record["targets"], record["said"]
-        asked = [(target["phrase"], target) for target in targets]
-        asked += [(phrase, targets[number]) for phrase, number in said]
+        texts = [target["phrase"] for target in targets] + [phrase for phrase, _ in said]
+        meant = targets + [targets[number] for _, number in said]
         image = hist.read_image(record["image"], side).to(options.device)
-        texts = [text for text, _ in asked]
         maps, _ = hist.maps_of(model, tokenizer, image, texts, options.cam_layer)
-        for number, ((_, target), heat) in enumerate(zip(asked, maps)):
+        places = []
+        for target, heat in zip(meant, maps):
             y, x = np.unravel_index(heat.argmax(), heat.shape)
-            place = where(x, y, target, targets, side)
-            if number < len(targets):
-                found[f"error_{place}"] += 1
-            else:
-                hits.append(place == "own")
-                chances.append(1 / len(targets))
-    shares = {name: count / found.total() for name, count in sorted(found.items())}
+            places.append(where(x, y, target, targets, side))
+        found.update(places[: len(targets)])
+        hits += [place == "own" for place in places[len(targets) :]]
+        chances += [1 / len(targets)] * len(said)
+    shares = {f"error_{place}": count / found.total() for place, count in sorted(found.items())}
     return shares | {"pointing_said": np.mean(hits), "pointing_said_chance": np.mean(chances)}
 
 
@@ -171,15 +167,9 @@ def draw_balance(records, options):
         ax.axhline(0.5, color="grey", linewidth=1)
         ax.set(title=f"{row}: the larger of two objects", ylim=(0, 1))
         ax.set(xlabel="its share of both areas", ylabel="its share of the map's mass")
-        label = f"{row}, mean {balance.sum() / max(1, len(balance)):.2f}"
-        histogram.hist(
-            balance,
-            bins=np.linspace(0, 1, 21),
-            histtype="step",
-            linewidth=2,
-            color=colour,
-            label=label,
-        )
+        mean = balance.sum() / max(1, len(balance))
+        steps = {"bins": np.linspace(0, 1, 21), "histtype": "step", "linewidth": 2}
+        histogram.hist(balance, color=colour, label=f"{row}, mean {mean:.2f}", **steps)
     histogram.set(title="balance of a pair's map (1: both get as much)", ylabel="pairs")
     histogram.set(xlabel="smaller share over larger")
     histogram.legend()
@@ -189,10 +179,9 @@ def draw_balance(records, options):
 def seed_options(arguments, out, seed):
     """The Options of a seed: those that it has begun with, if it has."""
     arguments = [*arguments, "--out", str(out), "--seed", str(seed)]
-    begun = hist.saved_options(out)
-    if begun is None:
-        return hist.parse_options(arguments)
-    options = hist.parse_options([*arguments, "--resume"])
+    begun = hist.saved_options(out) or {}
+    arguments += ["--resume"] if begun else []
+    options = hist.parse_options(arguments)
     for name, value in begun.items():
         same = name == "out" or getattr(options, name) == value
         insist(same, f"{out} has begun with --{name} {value}: say another --out")
@@ -240,9 +229,8 @@ def table(seeds):
     rows = [row for row in ROWS if row in seeds[0]]
     lines = ["| | " + " | ".join(rows) + " | chance |", "|---" * (len(rows) + 2) + "|"]
     gains = ["", "| all against captions | in as many steps | in as much time |", "|---|---|---|"]
-    for name in seeds[0][FIRST]:
-        if re.search(LEFT_OUT, name):
-            continue
+    names = [name for name in seeds[0][FIRST] if not re.search(LEFT_OUT, name)]
+    for name in names:
         scale, cells, values = 1 if name == "seconds" else 100, [name], {}
         for row in rows:
             values[row] = scale * np.array([seed[row].get(name, math.nan) for seed in seeds])

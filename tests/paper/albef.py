@@ -96,9 +96,8 @@ def build(published, words, folder):
 
 
 def main(argv):
-    """Do what was typed; what stops it is said in one line, and the exit status is 2."""
     hist.use_any_console()
-    try:
+    with hist.told("albef"), hist.blaming(" ".join(argv)):
         insist(len(argv) == 3, "python -m tests.paper.albef ALBEF.pth vocab.txt out/albef/base.pt")
         source, vocabulary, target = map(Path, argv)
         words = vocabulary.read_text(encoding="utf-8").rstrip("\n").split("\n")
@@ -111,9 +110,6 @@ def main(argv):
         kept = {name: v for name, v in state["options"].items() if name not in hist.ONCE}
         hist.write_whole(target.with_name("options.json"), json.dumps(kept, indent=1))
         print(f"python hist.py --data DATA --init {target} --lr 1e-5")
-    except Exception as error:  # pickle and torch have as many as there are ways to fail
-        print(f"albef: {' '.join(argv)}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

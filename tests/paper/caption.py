@@ -18,11 +18,10 @@ def generate(model, tokenizer, image, top_p=0.0):
     the likeliest words whose probability together is top_p (arXiv 1904.09751)."""
     model.eval()
     image_kv = model.project_image(model.encode_image(image[None])[1])
-    never = torch.tensor([tokenizer.pad_id, tokenizer.mask_id, tokenizer.unk_id])
     ids = torch.tensor([[tokenizer.cls_id]], device=image.device)
     while ids.shape[1] < hist.MAX_TOKENS:
         logits = model.decode(ids, image_kv)[0, -1]
-        logits = logits.index_fill(0, never.to(image.device), -torch.inf)
+        logits[[tokenizer.pad_id, tokenizer.mask_id, tokenizer.unk_id]] = -torch.inf
         probability, order = logits.softmax(-1).sort(descending=True)
         probability[1:][probability.cumsum(0)[:-1] >= top_p] = 0
         word = order[torch.multinomial(probability, 1)]

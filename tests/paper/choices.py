@@ -9,7 +9,7 @@ from one base. hist.py's own options are understood too; into out/choices/seed30
 """
 
 import itertools
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -92,17 +92,18 @@ def without_teacher(model, teacher, *rest, original=hist.composition_losses):
     return original(model, model, *rest)
 
 
-VARIANTS = {  # name: options changed, functions of hist.py replaced
-    "as it is": ({}, {}),
-    "no composition": ({"composition_weight": 0.0}, {}),
-    "parts by the model itself": ({}, {"composition_losses": without_teacher}),
-    "a teacher that follows": ({}, {"composition_losses": moving_teacher}),
-    "from 0.5": ({"composition_start": 0.5}, {}),
-    "from 0.85": ({"composition_start": 0.85}, {}),
-    "a third of lambda": ({"composition_weight": hist.Options.composition_weight / 3}, {}),
-    "maps over their maximum": ({}, {"composition_loss": over_maximum}),
-    "levels weigh alike": ({}, {"loss_weights": alike}),
-    "positives by entailment": ({}, {"Samples.text": text_by_entailment}),
+NONE = nullcontext()
+VARIANTS = {  # name: options changed, a function of hist.py replaced
+    "as it is": ({}, NONE),
+    "no composition": ({"composition_weight": 0.0}, NONE),
+    "parts by the model itself": ({}, patch("hist.composition_losses", without_teacher)),
+    "a teacher that follows": ({}, patch("hist.composition_losses", moving_teacher)),
+    "from 0.5": ({"composition_start": 0.5}, NONE),
+    "from 0.85": ({"composition_start": 0.85}, NONE),
+    "a third of lambda": ({"composition_weight": hist.Options.composition_weight / 3}, NONE),
+    "maps over their maximum": ({}, patch("hist.composition_loss", over_maximum)),
+    "levels weigh alike": ({}, patch("hist.loss_weights", alike)),
+    "positives by entailment": ({}, patch("hist.Samples.text", text_by_entailment)),
 }
 
 
@@ -132,9 +133,8 @@ def false_negatives(records):
     known = [{hist.text_key(phrase) for phrase, _ in record["said"]} for record in records]
     for phrase in {phrase for record in records for phrase, _ in record["said"]}:
         words = set(phrase.split()) - {"a", "an", "the", "shape", "small", "large"}
-        key = hist.text_key(phrase)
         for there, said in zip(kinds, known):
-            if key not in said:
+            if hist.text_key(phrase) not in said:
                 found.append(any(words <= kind for kind in there))
     return sum(found) / len(found)
 
@@ -145,12 +145,10 @@ def compare(options, world):
     print("| | " + " | ".join(SHOWN.values()) + " |\n" + "|---" * (len(SHOWN) + 1) + "|")
     hist.train("base", ["caption"], samples, options, options.base_steps)
     read_off("base", samples, held_out, options)
-    variants = {"captions alone": ({"levels": "caption"}, {})} if world else VARIANTS
-    for number, (name, (changes, functions)) in enumerate(variants.items()):
-        with ExitStack() as stack:
-            for replaced, by in functions.items():
-                stack.enter_context(patch(f"hist.{replaced}", by))
-            now = replace(options, **changes)
+    variants = {"captions alone": ({"levels": "caption"}, NONE)} if world else VARIANTS
+    for number, (name, (changes, replaced)) in enumerate(variants.items()):
+        now = replace(options, **changes)
+        with replaced:
             model, _ = hist.train(f"v{number}", now.levels.split(","), samples, now, options.steps)
         show(name, model, samples, held_out, options)
         if number == 0:

@@ -38,30 +38,31 @@ import hist
 import parse
 from hist import UserError, blaming, insist
 
-
 # ------------------------------------------------------------------------------------------ checks
+ENDLESS = (math.inf, math.inf)  # height and width of a picture that nobody has opened
+
+
 def clean(text):
     """A text with single spaces; UserError where there is none."""
     insist(isinstance(text, str) and text.strip(), f"{text!r} is no text")
     return " ".join(text.split())
 
 
-def make_box(corner_and_size, edge=(math.inf, math.inf)):
-    """[x, y, width, height] as [x0, y0, x1, y1], cut at the edge; UserError where all is cut."""
+def make_box(corner_and_size, size=ENDLESS):
+    """[x, y, width, height] as [x0, y0, x1, y1], cut at the edges of a picture (height, width)."""
     x, y, width, height = corner_and_size
-    box = hist.cut_box([x, y, x + width, y + height], edge[::-1])
+    box = hist.cut_box([x, y, x + width, y + height], size)
     insist(max(box) < math.inf, f"its box {corner_and_size} has no end")
     return box
 
 
 def need(root, *names):
-    """Paths of these in root, of a tuple of names the first there; UserError names the missing."""
+    """Paths of these in root, of "ONE or ANOTHER" the first there; UserError names the missing."""
     found, missing = [], []
     for name in names:
-        choices = [name] if isinstance(name, str) else name
-        there = [root / choice for choice in choices if (root / choice).exists()]
+        there = [root / choice for choice in name.split(" or ") if (root / choice).exists()]
         found += there[:1]
-        missing += [] if there else [" or ".join(choices)]
+        missing += [] if there else [name]
     insist(not missing, f"there is no {', no '.join(missing)} in {root}: --help says where it is")
     return found
 
@@ -79,9 +80,9 @@ def stream(path, size=1 << 22):
     An object has at most 16 * size characters; UserError where the file is malformed, or cut."""
     decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
     number, at = 0, 1
-    with open(path, encoding="utf-8-sig") as file:
-        text = more = read_part(file, size).lstrip()
-        insist(text.startswith("["), f"{path}: not a JSON list")
+    with blaming(path), open(path, encoding="utf-8-sig") as file:
+        text = more = file.read(size).lstrip()
+        insist(text.startswith("["), "not a JSON list")
         while more:
             at = gap.match(text, at).end()
             try:
@@ -89,16 +90,9 @@ def stream(path, size=1 << 22):
                 number += 1
                 yield element
             except json.JSONDecodeError:  # malformed, or only cut where the part that is read ends
-                more = read_part(file, size) if len(text) - at < 16 * size else ""
+                more = file.read(size) if len(text) - at < 16 * size else ""
                 text, at = text[at:] + more, 0
-    insist(text.strip() == "]", f"{path}: not JSON after {number} elements: {text[:40]!r}")
-
-
-def read_part(file, size):
-    try:
-        return file.read(size)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file.name}: {error}") from error
+        insist(text.strip() == "]", f"not JSON after {number} elements: {text[:40]!r}")
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -115,7 +109,7 @@ REGIONS = 10  # of a held-out image that are evaluated on
 
 def read_vg(root, skipped, exclude=""):
     """Visual Genome: a region's description is a caption, and in a held-out image a target."""
-    path, _ = need(root, "region_descriptions.json", ("VG_100K", "VG_100K_2"))
+    path, _ = need(root, "region_descriptions.json", "VG_100K or VG_100K_2")
     pictures = {picture.name: picture for picture in root.glob("VG_100K*/*.jpg")}
     excluded = excluded_images(root, exclude) if exclude else ()
     for number, entry in enumerate(stream(path)):
@@ -141,8 +135,7 @@ def read_vg(root, skipped, exclude=""):
 def excluded_images(root, exclude):
     """Ids of images listed, one a line or as JSON, by this id or COCO's (from image_data.json)."""
     with blaming(f"--exclude {exclude}"):
-        text = re.sub(r'[\[\]",]', " ", parse.read_text(exclude))
-        listed = {int(image_id) for image_id in text.split()}
+        listed = set(map(int, re.findall(r'[^\s\[\]",]+', parse.read_text(exclude))))
     with blaming(root / "image_data.json"):
         told = [image for path in root.glob("image_data.json") for image in stream(path)]
         return listed | {image["image_id"] for image in told if image.get("coco_id") in listed}
@@ -156,10 +149,10 @@ NOT_VISIBLE = "0"  # the entity of what no box can show
 def read_flickr30k(root, skipped):
     """Flickr30k Entities: in val and test a mention with a box is a target, tagged by category."""
     lists = need(root, "train.txt", "val.txt", "test.txt")
-    (images,) = need(root, ("flickr30k-images", "flickr30k_images"))
+    (images,) = need(root, "flickr30k-images or flickr30k_images")
     sentences, annotations = need(root, "Sentences", "Annotations")
-    texts = [(path.stem, parse.read_text(path)) for path in lists]
-    for split, name in [(split, name) for split, text in texts for name in text.split()]:
+    listed = [(path.stem, name) for path in lists for name in parse.read_text(path).split()]
+    for split, name in listed:
         with blaming(("image", name), skipped):
             image = inside(images, f"{name}.jpg")
             text = parse.read_text(inside(sentences, f"{name}.txt"))
@@ -181,15 +174,12 @@ def read_boxes(path, skipped):
     """{entity: its boxes} of an XML file of Flickr30k Entities; scenes and the unseen have none.
     It counts pixels from 1: as in its own flickr30k_entities_utils.py, 1 is taken off each."""
     text, boxes = path.read_text(encoding="utf-8"), {}
-    declares = "<!DOCTYPE" in text or "<!ENTITY" in text
-    insist(not declares, "it declares entities, which may expand without end")
+    edges = "xmin", "ymin", "xmax", "ymax"
+    insist("<!DOCTYPE" not in text, "it declares entities, which may expand without end")
     for number, thing in enumerate(ElementTree.fromstring(text).iter("object")):
         for box in thing.iter("bndbox"):
             with blaming(("annotation", f"{path}, object {number}"), skipped):
-                x, y, *end = (
-                    int(box.findtext(key)) - 1 for key in ("xmin", "ymin", "xmax", "ymax")
-                )
-                corners = make_box([x, y, end[0] - x, end[1] - y])
+                corners = hist.cut_box([int(box.findtext(edge)) - 1 for edge in edges], ENDLESS)
                 for name in thing.iter("name"):
                     boxes.setdefault(name.text, []).append(corners)
     return boxes
@@ -203,10 +193,10 @@ SPLIT_BY |= {"refcocog": ("umd", "google"), "refclef": ("berkeley", "unc")}
 def read_refs(name, root, skipped):
     """RefCOCO, RefCOCO+, RefCOCOg and ReferIt (refclef) as the REFER toolkit lays them out: of each
     image and split but "train" a record, in which each sentence of each object is a target."""
-    pickles = tuple(f"{name}/refs({who}).p" for who in SPLIT_BY[name])
+    pickles = " or ".join(f"{name}/refs({who}).p" for who in SPLIT_BY[name])
     path, instances = need(root, pickles, f"{name}/instances.json")
     folder = "saiapr_tc-12" if name == "refclef" else "train2014"
-    (folder,) = need(root, (folder, f"images/{folder}", f"images/mscoco/images/{folder}"))
+    (folder,) = need(root, f"{folder} or images/{folder} or images/mscoco/images/{folder}")
     images, annotations = map(by_id, hist.read_json(instances, "images", "annotations"))
     with blaming(path), open(path, "rb") as file:
         refs = PlainUnpickler(file, encoding="latin1").load()
@@ -237,7 +227,7 @@ def by_id(entries):
 def expression_targets(ref, annotation, image):
     """A target for each sentence of an expression, with its object's box and mask."""
     size = [image["height"], image["width"]]
-    box = make_box(annotation["bbox"], edge=(image["width"], image["height"]))
+    box = make_box(annotation["bbox"], size)
     parts = annotation["segmentation"]  # run lengths, polygons, or refclef's list of run lengths
     if isinstance(parts, dict) or isinstance(parts[0], list):
         parts = [parts]
@@ -252,10 +242,8 @@ def plain_part(part, size):
     """A part of a mask of size [height, width], with its run lengths, if any, uncompressed."""
     if isinstance(part, list) or isinstance(part["counts"], list):
         return part
-    try:
-        from pycocotools import mask
-    except ImportError as error:
-        raise ImportError("to read these compressed masks, pip install pycocotools") from error
+    from pycocotools import mask  # no requirement of hist.py
+
     pixels = mask.decode({"size": size, "counts": part["counts"]})
     whole = mask.encode(pixels)["counts"].decode() == part["counts"]  # decode fills up with noise
     insist(whole, f"its run lengths are not of {size[0]} x {size[1]} pixels")
@@ -387,22 +375,22 @@ def convert(read, name, root, max_bad):
                 file.write(json.dumps({**record, "image": image}) + "\n")
         images = skipped.count("image")
         if listed.exists():
-            told = (
-                f"{len(listed.read_text().splitlines())} entries left out, {images} of them images"
-            )
-            print(f"{told}: {listed} says why", file=sys.stderr)
+            entries = len(listed.read_text().splitlines())
+            told = f"{entries} entries left out, {images} of them images: {listed} says why"
+            print(told, file=sys.stderr)
         skipped.total = splits.total() + images
         skipped.check()
         for split in NEEDED.get(name, ["val"]):
             insist(splits[split], f"{root}: no image of {split} can be used")
         part.replace(root / f"{name}.jsonl")
+    except ImportError as error:
+        raise UserError(f"to read compressed masks, pip install pycocotools: {error}") from error
     finally:
         part.unlink(missing_ok=True)
     return splits
 
 
 def main(argv=None):
-    """Do what was typed; what stops it is said in one line, and the exit status is 2."""
     hist.use_any_console()
     look = {"usage": argparse.SUPPRESS, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser("convert", description=__doc__, **look)
@@ -410,9 +398,9 @@ def main(argv=None):
     parser.add_argument("root", type=Path)
     parser.add_argument("--exclude", help="vg: a file of image ids, which are left out")
     parser.add_argument("--max-bad", type=float, default=0.2, help="share of images, 0 to 1")
-    try:
-        options = parser.parse_args(argv)
-        name, root = options.name, options.root
+    options = parser.parse_args(argv)
+    name, root = options.name, options.root
+    with hist.told("convert"):
         insist(not options.exclude or name == "vg", "--exclude is for vg")
         if name == "coco":
             download_coco(root)
@@ -420,9 +408,6 @@ def main(argv=None):
         read = partial(read_vg, exclude=options.exclude) if options.exclude else READERS[name]
         splits = convert(read, name, root, options.max_bad)
         print(f"python hist.py --data {root / name}.jsonl  # images: {dict(splits)}")
-    except (UserError, OSError, ImportError, MemoryError, RecursionError) as error:
-        print(f"convert: {str(error) or repr(error)}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ median is printed [least, most]. Parts are in percent of a step with its data; "
 and teacher; GiB is the process's peak, or the GPU's. hist.py's own options are understood too.
 """
 
-import itertools
 import math
 import sys
 import time
@@ -73,7 +72,7 @@ def cost(options, samples):
         for owner, name, part in watched:
             stack.enter_context(patch.object(owner, name, timed(clock, part, getattr(owner, name))))
         step = timed(clock, "step", hist.train_step)
-        for _, (number, row) in itertools.product(range(TURNS), enumerate(rows, 1)):
+        for number, row in TURNS * list(enumerate(rows, 1)):
             clock.clear()
             batch = timed(clock, "data", next)(batches)
             how = options, LEVELS[:number], 0.5, 1.0  # hardness, weight of composition

@@ -17,6 +17,7 @@ import time
 import urllib.request
 import zlib
 from collections import Counter
+from contextlib import suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -82,20 +83,12 @@ def ask(url, model, caption, seconds):
     return None
 
 
-def read_answers(path):
-    """{caption: answer} of a file of answers, if there is one."""
-    answers = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            answers.update([json.loads(line)])
-        except (ValueError, TypeError):  # cut short when the run was killed
-            continue
-    return answers
-
-
 def collect(captions, url, model, path, workers, seconds):
     """{caption: answer}, those of the file at path and new ones, which are added to it."""
-    answers = read_answers(path)
+    answers = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(ValueError, TypeError):  # cut short when the run was killed
+            answers.update([json.loads(line)])
     todo = [c for c in dict.fromkeys(captions) if c.strip() and c not in answers]
 
     def reply(caption):
@@ -112,36 +105,24 @@ def collect(captions, url, model, path, workers, seconds):
     return answers
 
 
-def read_answer(caption, answer):
-    """The phrases of an answer, or None where it is no list of the caption's own phrases."""
-    try:
-        return locate(caption, json.loads(answer[answer.index("[") : answer.rindex("]") + 1]))
-    except (ValueError, TypeError, RecursionError):
-        return None
-
-
 def parse_by_llm(captions, url, model, name, workers=16, seconds=60):
     """Yields, in order, each caption's hierarchy as `to_json` has it, "by" the "llm" or "rules".
-
-    Answers are kept in NAME.HASH.answers.jsonl in the working folder; none is asked for twice.
-    """
+    Answers are kept in NAME.HASH.answers.jsonl in the working folder; none is asked for twice."""
     known = zlib.crc32((model + PROMPT).encode())
     path = Path(f"{Path(name).stem}.{known:08x}.answers.jsonl")
     answers, count = collect(captions, address(url), model, path, workers, seconds), Counter()
     for caption in captions:
-        answer = answers.get(caption)
-        phrases = read_answer(caption, answer) if answer else None
-        by = "rules" if phrases is None else "llm"
-        if phrases is None:
+        answer = answers.get(caption, "")
+        try:
+            listed = json.loads(answer[answer.index("[") : answer.rindex("]") + 1])
+            phrases, by = locate(caption, listed), "llm"
+        except (ValueError, TypeError, RecursionError):  # no list of the caption's own phrases
             count["rejected" if answer else "unanswered"] += 1
-            phrases = parse(caption).phrases
+            phrases, by = parse(caption).phrases, "rules"
         yield {**to_json(Parse(caption, [], phrases)), "by": by}
-    parsed = len(captions) - count.total()
-    print(
-        f"{len(captions)} captions: {parsed} parsed by {model}; by the rules {count['rejected']} "
-        f"whose answer was rejected and {count['unanswered']} without one. Answers: {path}",
-        file=sys.stderr,
-    )
+    parsed = f"{len(captions)} captions: {len(captions) - count.total()} parsed by {model}"
+    why = f"{count['rejected']} whose answer was rejected and {count['unanswered']} without one"
+    print(f"{parsed}; by the rules {why}. Answers: {path}", file=sys.stderr)
 
 
 def main():

@@ -22,10 +22,8 @@ USUAL = {rules.ORANGE: "ADJ", rules.LIGHTS: "NOUN", rules.PAINTING: "NOUN", rule
 
 def nltk_parser():
     """A function from a caption to its `Phrase`s, by a tagger and a grammar of NLTK."""
-    upos = {tag: name for name, tags in rules.UPOS.items() for tag in tags}
-    model = {}
-    for word, tag in rules.LEXICON.items():
-        model[word] = upos.get(tag) or USUAL.get(tag, "VERB")
+    upos = USUAL | {tag: name for name, tags in rules.UPOS.items() for tag in tags}
+    model = {word: upos.get(tag, "VERB") for word, tag in rules.LEXICON.items()}
     endings = [(r".*(ing|ed)$", "VERB"), (r"^\W+$", "PUNCT"), (r".*", "NOUN")]
     tagger = UnigramTagger(model=model, backoff=RegexpTagger(endings))
     chunker = RegexpParser("NP: {<DET>?<NUM|ADJ>*<NOUN>+}")
