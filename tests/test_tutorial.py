@@ -77,14 +77,14 @@ WRONG = {
         ("lambda: {'s', 'probability'}", "Softmax"),
         ("lambda: {'s', 'probability', 'map'}", "Softmax"),
     ],
-    "one_way": [
+    "pull": [
         (
-            "lambda logits, P: F.cross_entropy(logits, torch.arange(len(logits)))",
-            "two rows that share two texts",
+            "lambda logits, P: (logits.softmax(1) - P.float()) / len(logits)",
+            "rows of two positives",
         ),
         (
-            "lambda logits, P: -(logits.log_softmax(1) * P).sum(1)"
-            ".div(P.sum(1).clamp(min=1)).mean()",
+            "lambda logits, P: (logits.softmax(1) - P / P.sum(1, keepdim=True).clamp(min=1)) "
+            "/ len(logits)",
             "a row without any positive",
         ),
     ],
