@@ -77,14 +77,14 @@ WRONG = {
         ("lambda: {'s', 'probability'}", "Softmax"),
         ("lambda: {'s', 'probability', 'map'}", "Softmax"),
     ],
-    "one_way": [
+    "pull": [
         (
-            "lambda logits, P: F.cross_entropy(logits, torch.arange(len(logits)))",
-            "two rows that share two texts",
+            "lambda logits, P: (logits.softmax(1) - P.float()) / len(logits)",
+            "rows of two positives",
         ),
         (
-            "lambda logits, P: -(logits.log_softmax(1) * P).sum(1)"
-            ".div(P.sum(1).clamp(min=1)).mean()",
+            "lambda logits, P: (logits.softmax(1) - P / P.sum(1, keepdim=True).clamp(min=1)) "
+            "/ len(logits)",
             "a row without any positive",
         ),
     ],
@@ -181,13 +181,15 @@ WRONG = {
         ("lambda S, owner: (S.argmax(0) == owner).float().mean()", "a row"),
         ("lambda S, owner: (S.argmax(1) == torch.arange(len(S))).float().mean()", "a row"),
     ],
-    "box": [
+    "patch": [
         (
-            "lambda box, width, height, side: [v * side / max(width, height) for v in box]",
-            "different factors",
+            "lambda place, w, h, side, patch: [(v + e) * patch * f / side for e in (0, 1) "
+            "for v, f in zip(divmod(place, side // patch), (w, h))]",
+            "in row",
         ),
         (
-            "lambda box, w, h, side: [v * side / e for v, e in zip(box, (h, w, h, w))]",
+            "lambda place, w, h, side, patch: [(v + e) * patch * max(w, h) / side "
+            "for e in (0, 1) for v in divmod(place, side // patch)[::-1]]",
             "different factors",
         ),
     ],
@@ -211,7 +213,7 @@ WRONG = {
         ),
         (
             "lambda a, b, t=2.776: ((b - a).mean(), t * (b - a).std() / math.sqrt(len(a)))",
-            "n - 1",
+            "K - 1",
         ),
     ],
 }
