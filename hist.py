@@ -534,7 +534,7 @@ def find_positives(image_keys, text_keys):
 def itc_loss(image_features, text_features, positives, exists, temperature):
     """Image-text contrast with several positives, both ways (ALBEF, equations 1, 2, the targets
     of arXiv 2004.11362, L_out): mean cross-entropy to the uniform distribution over positives.
-    image_features (B, d), text_features (n, d), normalised; positives (B, n) bool; exists (n,)
+    image_features (B, 256), text_features (n, 256), of length 1; positives (B, n) bool; exists (n,)
     bool, whether the text does. An image, or a text, without a positive is a negative only."""
     logits = (image_features @ text_features.T / temperature).masked_fill(~exists, -1e4)
 
@@ -573,7 +573,7 @@ def mlm_loss(logits, labels):
 
 def composition_loss(part1, part2, whole, weight, eps=1e-12):
     """The map of "p1 and p2" is to be the sum of the maps of p1 and p2 (HIST's composition loss):
-    || n(M12) - n(n(M1) + n(M2)) ||_1 with n(M) = M / sum M.
+    || normalise(M12) - normalise(normalise(M1) + normalise(M2)) ||_1.
     part1, part2, whole: Grad-CAM maps (n, height, width) >= 0; weight (n,): how far to trust each
     pair. The parts are detached: they are the target, and a teacher's: see composition_losses."""
 
@@ -911,7 +911,7 @@ def measure_maps(model, tokenizer, records, options, answers):
 
 def rerank(model, records, ids, similarity, options):
     """Match probabilities of each image with the captions that ITC likes best, and of each caption
-    with its images: two (N, texts), -inf elsewhere (ALBEF, section 5). ids (texts, L)."""
+    with its images: two (images, texts), -inf elsewhere (ALBEF, section 5). ids (texts, L)."""
     best = []
     for dim in (1, 0):
         near = similarity.topk(min(RERANKED, similarity.shape[dim]), dim).indices
@@ -938,7 +938,7 @@ def recalls(scores, right):
 def retrieval(model, tokenizer, records, options):
     """R@1, 5 and 10 both ways, by ITC and re-ranked by ITM; any of an image's captions is right."""
     owner = [number for number, record in enumerate(records) for _ in record["captions"]]
-    right = torch.tensor(owner) == torch.arange(len(records))[:, None]  # (N, texts)
+    right = torch.tensor(owner) == torch.arange(len(records))[:, None]  # (images, texts)
     ids = tokenizer.batch([caption for record in records for caption in record["captions"]])
     ids, images, result = ids.to(options.device), [], {}
     for record in records:
