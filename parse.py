@@ -219,6 +219,8 @@ ING_STATE = """amazing appearing arriving barking billowing bleeding blinking bl
     staring steaming striking surrounding towering trailing twisting wagging walking weeping wilting
     winding working yawning""".split()
 LAYERS = ("layer", "level", "story", "tier", "way")  # a two *way* street
+WEARING = ("in", "wearing", "wears")  # a woman in red *smiles* at
+AS_SOLD = ("free", "friendly", "proof", "ready", "resistant", "safe", "washable")  # powder *free*
 FORMS = ("down", "through", "fit", "length", "neck", "size", "sleeve", "story", "style")
 PLACING = ("by", "near", "beside", "at", "on", "in", "under", "behind")
 DISHES = with_plurals("""casserole curry dish dressing omelet pie pizza salad sandwich soup stew
@@ -340,7 +342,7 @@ TOKEN = re.compile(
     r"|(?<=\b[A-Za-z])\.(?:[A-Za-z]\.)+)*|'\u200b*s\b|\S)"
     "\u200b*"
 )
-ENTITY = re.compile(r"(&(?:#\d{1,7}|#[xX][\da-fA-F]{1,6}|[A-Za-z]\w{1,30});)")
+ENTITY_OR_SIGN = re.compile(r"&(?:#\d{1,7}|#[xX][\da-fA-F]{1,6}|[A-Za-z]\w{1,30});|.", re.S)
 SAME = str.maketrans("’‘ʼ´`‐‑", "'" * 5 + "--")
 
 
@@ -358,8 +360,7 @@ def as_read(caption):
     """The caption as its reader sees it, place by place: plain letters and signs, no entities."""
     if caption.isascii() and "&" not in caption and "`" not in caption:
         return caption
-    parts = [[part] if n % 2 else part for n, part in enumerate(ENTITY.split(caption))]
-    return "".join(map(fold, chain.from_iterable(parts)))
+    return ENTITY_OR_SIGN.sub(lambda sign: fold(sign[0]), caption)
 
 
 def tokenize(caption):
@@ -408,13 +409,10 @@ AMID = INSIDE + DEGREE + COMPOUND + BETWEEN + NOUN
 PLACES = PREPS + UP + ADV
 FOLLOWS = PLACES + TO + SUB + JOINTS + MARK + OPENERS + NEARBY + PRON + THAT  # follows a verb
 
-# What a test of a rule looks at: all words and tags, those around a word; tags from index on are
-# classes.
-Near = namedtuple("Near", "words tags index before2 before word after after2 left2 left right2")
-
-
-def look(words, tags, i):
-    return Near(words, tags, i, *words[i - 2 : i + 3], tags[i - 2], tags[i - 1], tags[i + 2])
+# What a test of a rule sees: all words and tags (from index on still classes), and five of each.
+Near = namedtuple(
+    "Near", "words tags index before2 before word after after2 left2 left tag right right2"
+)
 
 
 def is_person(word):
@@ -433,14 +431,14 @@ def after_one(at):
 
 def feeds(at):
     """A person, and what is no person: a keeper *feeds* giraffes, but a tennis player's hat."""
-    if at.tags[at.index + 1] != PLURAL:
+    if at.right != PLURAL:
         return at.before in PEOPLE and after_one(at)
     return is_person(at.before) and not is_person(at.word[:-1])
 
 
 def acts(at):
     """Some who act as one, or one with a word that is mostly a verb: see a child *stand* on it."""
-    verb = LEXICON.get(at.word + "s") == RIDES and at.tags[at.index + 1] in PLACES + SUB
+    verb = LEXICON.get(at.word + "s") == RIDES and at.right in PLACES + SUB
     return at.before in ("family", "team", "crowd", "couple") or verb and at.before in PEOPLE
 
 
@@ -457,12 +455,7 @@ def in_clothes(at):
     if not start or at.words[start.end(1) + 2] != "in":
         return False
     some = start[1] == PLURAL
-    return some == (at.tags[at.index] == RIDE) and is_person(at.words[start.end(1) + 1])
-
-
-def dressed_in(at):
-    """A verb after a colour to wear: a woman in black *sits* on."""
-    return at.before2 in ("in", "wearing", "wears") and at.word[-1] == "s"
+    return some == (at.tag == RIDE) and is_person(at.words[start.end(1) + 1])
 
 
 def compounds(at):
@@ -479,11 +472,6 @@ def compounds(at):
 def forms(at):
     """With an adjective, it says how a thing is made: long *sleeve*, deep *dish*."""
     return at.word in FORMS or f"{at.before} {at.word}" in ("deep dish", "high speed", "open air")
-
-
-def sold_as(at):
-    """Of a thing on sale: powder *free*."""
-    return at.after in ("free", "friendly", "proof", "ready", "resistant", "safe", "washable")
 
 
 def eats(at):
@@ -526,14 +514,13 @@ RULES = (
     (ORANGE, ANY, RIDING, ADJ, lambda at: at.word not in LEXICON and at.right2 in THINGS),
     (ORANGE, ANY, RIDES + RIDING + VERB, NOUN),  # an *orange* sits
     (ORANGE, ANY, PARKED, NOUN, lambda at: at.right2 in PREP + UP and at.word != "half"),
-    (ORANGE, ANY, RIGHT, NOUN, lambda at: at.right2 in LINK),  # a *square* left of
     (ORANGE, ARTICLES, PLURAL + LIGHTS, NOUN, lambda at: at.right2 in OPENERS),  # *medic* checks a
     (ORANGE, ANY, NOUNISH, ADJ),  # an *orange* bus
     (ORANGE, BE + DEGREE, ANY, ADJ),  # is *orange*
     (NOUN, ADJ, THINGS, ADJ, forms),  # a long *sleeve* shirt
     (NOUN + ORANGE + RIDE, NOUNS + BE + VERB, RIDING, ADV, lambda at: at.after in ACTIVITIES),
     (NOUN, NUM, THINGS + PAINTING, ADJ, lambda at: at.before2 in SINGULAR or at.word in LAYERS),
-    (NOUN, COMMA + MARK, ADJ, ADJ, sold_as),  # a bowl, *dishwasher* safe
+    (NOUN, COMMA + MARK, ADJ, ADJ, lambda at: at.after in AS_SOLD),  # a bowl, *dishwasher* safe
     (NOUN, DET, PLURAL, NUM, lambda at: at.word in ("couple", "dozen")),  # a *couple* umbrellas
     (NOUN + ORANGE, PLURAL + INF, OPENERS, VERB),  # to *pedal* a bike, candles *light* a room
     (NOUN, PLURAL, PLACES + TO + SUB, VERB, lambda at: at.left2 in START + NUM),  # men *nap* on
@@ -585,7 +572,7 @@ RULES = (
     (PARKED, NOUN, COMMA + MARK, NOUN, lambda at: at.word == "set"),  # a cookware *set*
     (PARKED + VERB, START, LINK, NOUN, lambda at: at.word in QUANTITY),  # *set* of
     (DET, ANY, VERB + RIDES, PRON, lambda at: at.word in SINGULAR and at.after[-1] == "s"),
-    (RIDES + VERB, ADJ, FOLLOWS, VERB, dressed_in),  # red *smiles* at
+    (RIDES + VERB, ADJ, FOLLOWS, VERB, lambda at: at.before2 in WEARING and at.word[-1] == "s"),
     (VERB, INSIDE, ANY, NOUN),  # a *stare* at
     (RIDES, INSIDE + PREPS + START + COMPOUND, ANY, PLURAL),  # two *rides*
     (TO + ADV + RIDE, START, PLURAL, NUM, lambda at: at.word in ("to", "too", "tow")),  # for two
@@ -604,7 +591,6 @@ RULES = (
     (ONE, ANY, THINGS + ADJ + CAN, NUM),  # *one* dog
     (THAT, NOUNS + PRON + ADJ, ANY, REL),  # a dog *that* runs
     (THAT, ANY, THINGS + ADJ, DET),  # *that* dog
-    (CAN, PRON, ANY, AUX),  # you *can* see
     (CAN, NOUNS + PRON + REL, VERB + RIDE + BE + ADV, AUX),  # a dog *can* swim
     (QUOTE, PLURAL, NOUNISH, GENITIVE),  # two dogs *'* heads
     (GENITIVE_S, NOUNS, PREPS + JOINTS + MARK + THAT, PLURAL),  # two ski *'s* on
@@ -634,10 +620,11 @@ def decide(words, classes):
         if f"{word}-{after}" in FIXED:
             tags[i : i + 2] = NOUN, PLURAL if after[-1] == "s" != after[-2] else NOUN
         for left, right, tag, test in RULES_OF.get(tags[i], ()):
-            if tags[i - 1] in left and tags[i + 1] in right:
-                if test is None or test(look(words, tags, i)):
-                    tags[i] = tag
-                    break
+            if tags[i - 1] not in left or tags[i + 1] not in right:
+                continue
+            if not test or test(Near(words, tags, i, *words[i - 2 : i + 3], *tags[i - 2 : i + 3])):
+                tags[i] = tag
+                break
         else:
             tags[i] = USUALLY.get(tags[i], tags[i])
     return tags[2:-2]
@@ -653,8 +640,7 @@ JOINED = re.compile(
 QUOTED = re.compile(r"(?<=[DPJZC])\.([NSJVGE]{1,5})\.(?=[JZ]{0,3}[NS])")  # a "stop" sign
 FRONTED = re.compile(r"(^I[DPJZN]{0,6})N(?=S+V)")  # after the rain | puddles cover
 NOUN_PHRASE = re.compile(
-    r"D{0,3}P?(?:[JZCkUMY]|Q(?=[QJZCNSU])|N(?=[NSnZUM])|R(?=M)|S(?=[NM]|S(?!S{0,9}[K,]))){0,40}"
-    r"[NSn]|R"
+    r"D{0,3}P?(?:[JZCQkUMY]|N(?=[NSnZUM])|R(?=M)|S(?=[NM]|S(?!S{0,9}[K,]))){0,40}[NSn]|R"
 )
 
 
@@ -704,8 +690,8 @@ def is_thing(words, tags, first, last, subject):
     if row or after == "of" and word in ("corner", "form", "point", "shades", "shape"):
         return False  # in a row, at the corner of
     if word in LOCATIONS and subject == last:
-        worn = {ADJ, PARTICIPLE} if word in ("front", "top") else set()  # a pink top
-        return not worn.union((POSS, GENITIVE, OWNER)).isdisjoint(tags[first:last])
+        worn = ADJ + PARTICIPLE if word in ("front", "top") else ""  # a pink top
+        return any(tag in worn + POSS + GENITIVE + OWNER for tag in tags[first:last])
     bare = word in BARE and LEXICON.get(before) in (PREP, LINK)
     return first < last or not (bare or word in BALL_SPORTS)
 
