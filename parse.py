@@ -300,8 +300,8 @@ BALL_SPORTS = with_plurals("baseball basketball football soccer softball volleyb
 BARE = """bat bloom board business class construction dinner display duty fire formation guard half
     hand horseback lunch place row sale seating service sunrise sunset tow town""".split()
 ARRAYS = with_plurals("row line circle group pile")
-ACTS = with_plurals("""bath bite bow catch charge cut drink flip grip guard hit hug kiss landing
-    leap look pitch place pose ride shot sip spill spin step swing thumb walk way""")
+TAKEN = PICTURES | with_plurals("""bath bite bow catch charge cut drink flip grip guard hit hug kiss
+    landing leap look pitch place pose ride shot sip spill spin step swing thumb walk way""")
 DATE = re.compile(r"[12]\d{3}|about$|ca?\.?$|circa|early|late$")
 TAKING = re.compile(
     "(?:attempt|do|gett?|giv|ha|hav|los|mak|perform|play|stand|strik|tak)(?:e?s|e|ing)?$"
@@ -552,7 +552,7 @@ RULES = (
     (RIDING, CONJ, NEXT + VERB, ING, eats),  # cutting and *eating* it
     (RIDING, BETWEEN + VERB + ING, NEXT + VERB, PARTICIPLE, lambda at: at.word in ING_STATE),
     (RIDING, PREPS, THINGS + PARKED + PAINTING, PARTICIPLE, lambda at: at.before in ("of", "with")),
-    (RIDING, START + ARTICLES + ADJ, LINK, NOUN, lambda at: at.word in QUANTITY or not at.before),
+    (RIDING, START + ARTICLES + ADJ, LINK, NOUN, lambda at: at.word in QUANTITY),
     (CONJ, NOUN, NOUN + ORANGE, COMPOUND, lambda at: at.after2 in DISHES),  # ham *and* egg pie
     (PARKED, ANY, THINGS, NOUN, lambda at: at.word == "led"),  # an *LED* lamp
     (PARKED, AMID + VERB + ING + SUB, NEXT, PARTICIPLE),  # *parked* cars
@@ -576,8 +576,8 @@ RULES = (
     (VERB, INSIDE, ANY, NOUN),  # a *stare* at
     (RIDES, INSIDE + PREPS + START + COMPOUND, ANY, PLURAL),  # two *rides*
     (TO + ADV + RIDE, START, PLURAL, NUM, lambda at: at.word in ("to", "too", "tow")),  # for two
-    (TO, ANY, VERB + BE + RIDE, INF, lambda at: at.before != "next"),  # *to* eat, *to* ride
-    (TO, ANY, NOUN, INF, lambda at: at.right2 in OPENERS + ADJ and at.before != "next"),
+    (TO, ANY, VERB + BE + RIDE, INF),  # *to* eat, *to* ride
+    (TO, ANY, NOUN, INF, lambda at: at.right2 in OPENERS + ADJ),
     (TO, ANY, PARKED, INF, lambda at: at.after in ("cut", "put", "set", "shut")),
     (BACK, ARTICLES + ADJ + GENITIVE + OWNER + PREPS + START, ANY, NOUN),  # the *back* of
     (NEARBY, ARTICLES + ADJ, ANY, ADJ),  # a *nearby* house
@@ -614,7 +614,7 @@ def decide(words, classes):
     for i in range(2, len(words) - 2):
         word, after = words[i], words[i + 1]
         if after in ("next", "close") and words[i + 2] == "to":
-            tags[i + 1] = ADV
+            tags[i + 1 : i + 3] = ADV, LINK
         if word == words[i + 2] and after in ("by", "in", "to"):
             tags[i] = tags[i + 2] = ADV  # hand in hand
         if f"{word}-{after}" in FIXED:
@@ -658,13 +658,6 @@ def is_abstract(word):
     return word in NOT_THINGS or bool(ABSTRACT.match(word)) and word not in CONCRETE
 
 
-def is_taken(words, tags, first):
-    """Whether what begins at first is done: takes *a bath*, for *a walk*, in the middle of it."""
-    before = words[first - 1]
-    done = TAKING.match(before) or before == "for" and tags[first] == DET
-    return done or words[first - 2 : first] == ["middle", "of"]
-
-
 def is_thing(words, tags, first, last, subject):
     """Whether one can point at what the noun phrase words[first : last + 1] names."""
     word, before, after = words[last], words[first - 1], words[last + 1]
@@ -674,8 +667,10 @@ def is_thing(words, tags, first, last, subject):
         return word == "view" and subject < last and after != "of"  # a lake view
     if tags[last] == PRON or is_abstract(word):
         return False
-    if (word in ACTS or word in PICTURES) and is_taken(words, tags, first):
-        return False
+    if word in TAKEN:
+        taken = TAKING.match(before) or before == "for" and tags[first] == DET
+        if taken or words[first - 2 : first] == ["middle", "of"]:
+            return False  # takes a bath, for a walk, in the middle of a swing
     if before in ("says", "saying") and tags[first] != DET:
         return False  # a sign saying stop
     if tags[first] == NUM and (word == "pack" or before in (",", "-") and word in QUANTITY):
@@ -790,7 +785,7 @@ WAITS = {ADV: "advmod", DEGREE: "advmod", PREP: "case", LINK: "case", GENITIVE: 
 WAITS |= {INF: "mark", SUB: "mark", BE: "aux", AUX: "aux", EXPLETIVE: "expl"}
 WAITS |= {COMMA: "punct", MARK: "punct", BOTH: "cc:preconj", ICE: "compound"}
 NOMINAL, PLACE, EXISTS = "n", "c", "b"  # a noun phrase; next *to*; there *is*
-NONE, WAITING = -1, -2  # no word; the head of a word that has none yet
+NONE = -1  # no word; the head of a word that has none yet, at last of the root
 # "picks up a box": up belongs to picks; "tries to", "starts": what follows completes it; "gives a
 # boy a ball"; "cuts it with a knife": the knife belongs to cuts.
 PARTICLE = re.compile(
@@ -802,9 +797,8 @@ COMPLETED = re.compile(
     "|continu|keep|able|wait|enjoy"
 )
 GIVES = re.compile("giv|gave|show|feed|fed|hand|offer|serv|toss|throw")
-TOOLS = (
-    "knife fork spoon racket racquet bat hand hands brush scissors chopsticks stick hose".split()
-)
+TOOLS = """knife fork spoon racket racquet bat hand hands brush scissors chopsticks stick
+    hose""".split()
 
 # A token in its tree: tag is its universal part of speech, head the index of its head (-1: it is
 # the root), label its relation to the head.
@@ -847,7 +841,7 @@ class Grower:
 
     def __init__(self, words, tags, spans):
         self.words, self.tags, self.ends = words, tags, dict(spans)
-        self.heads, self.labels = [WAITING] * len(words), [""] * len(words)
+        self.heads, self.labels = [NONE] * len(words), [""] * len(words)
         self.root = self.noun = self.verb = self.first_verb = NONE
         self.joined = self.joint = NONE  # a noun phrase joined to another, and its conjunction
         self.place = ""  # the latest preposition
@@ -897,33 +891,31 @@ class Grower:
         """Fills heads and labels."""
         for first, last in self.ends.items():
             self.hang_modifiers(first, last)
-        index = -1
-        while index + 1 < len(self.words):
-            start = index + 1
+        start = 0
+        while start < len(self.words):
             index, kind = self.kind(start)
             copula = self.auxiliary >= 0 and self.tags[self.auxiliary] == BE
             if kind in WAITS:
                 self.wait(index, kind)
-                continue
-            if kind == REL:  # hangs on its noun until a verb comes: a man who
-                head, label = self.noun, "nsubj"
+            elif kind == REL:  # hangs on its noun until a verb comes: a man who
+                self.hang(index, self.noun, "nsubj")
                 self.relative = index if self.subject < 0 else self.relative
             elif kind == NOMINAL and not copula:
-                head, label = self.hang_noun(index, start)
+                self.hang(index, *self.head_of_noun(index, start))
             else:
-                head, label = self.hang_predicate(index, kind, copula)
-            self.hang(index, head if head >= 0 else WAITING, label)
+                self.hang(index, *self.head_of_predicate(index, kind, copula))
+            start = index + 1
         self.finish()
 
     def kind(self, index):
         """The head of the noun phrase that begins at index and NOMINAL, or index and its kind."""
-        tag, before = self.tags[index], self.tags[index - 1 : index]
+        tag = self.tags[index]
         in_red = tag in ADJ + PARTICIPLE and self.cases and self.auxiliary < 0
         if index in self.ends or in_red or tag in DET + POSS + NUM + COMPOUND:
             return self.ends.get(index, index), NOMINAL
         if tag == ADV and self.tags[index + 1 : index + 2] == [LINK] and not self.particle(index):
             return index, PLACE
-        return index, EXISTS if tag == BE and before == [EXPLETIVE] else tag
+        return index, EXISTS if tag == BE and self.tags[index - 1] == EXPLETIVE else tag
 
     def particle(self, index):
         return self.verb >= 0 and PARTICLE.match(f"{self.words[self.verb]} {self.words[index]}")
@@ -946,14 +938,14 @@ class Grower:
         if tag in (INF, SUB) and self.mark < 0:
             self.mark = index
 
-    def hang_noun(self, index, start):
+    def head_of_noun(self, index, start):
         """Head and label of a noun phrase that is no predicate; start is its first word."""
         noun, verb = self.noun, self.verb
         for case in self.cases:
             self.heads[case] = index
-        head, label = WAITING, ""
+        head, label = NONE, ""
         if self.cases:
-            head, label = self.hang_place(index)
+            head, label = self.head_of_place(index)
         elif self.conjunction >= 0 and self.root < 0 <= verb:  # while he rides, a dog | runs
             self.heads[self.conjunction], self.root = verb, index
         elif self.conjunction >= 0 and noun >= 0:  # a cat and a dog
@@ -979,7 +971,7 @@ class Grower:
         """What a word is joined to, if it is: the head of the next one that is joined."""
         return self.heads[word] if self.labels[word] == "conj" else word
 
-    def hang_place(self, index):
+    def head_of_place(self, index):
         """A noun phrase after a preposition hangs on the noun or on the verb before it."""
         noun, word = self.noun, self.words[index]
         self.place = self.words[self.cases[0]]
@@ -992,7 +984,7 @@ class Grower:
             return head, "nmod"  # a slice of pizza | on a plate
         return noun, "nmod"
 
-    def hang_predicate(self, index, kind, copula):
+    def head_of_predicate(self, index, kind, copula):
         """Head and label of a verb, a participle or another predicate; it takes what waits."""
         free = self.auxiliary < 0
         finite = not free or kind in (VERB, EXISTS)
@@ -1005,14 +997,14 @@ class Grower:
             head, label = self.heads[self.relative], "acl:relcl"
             self.hang(self.relative, index, nsubj if self.subject < 0 else "obj")
         elif self.mark >= 0:
-            head, label = self.hang_marked()
+            head, label = self.head_of_marked()
         elif self.conjunction >= 0 and self.verb >= 0:  # sits and watches
             head, label = self.first_of(self.verb), "conj"
             self.heads[self.conjunction] = index
         elif finite:
-            head, label = self.hang_clause(index)
+            head, label = self.head_of_clause(index)
         else:
-            head, label = self.hang_participle(index, kind)
+            head, label = self.head_of_participle(index, kind)
         if self.subject >= 0:
             self.hang(self.subject, index, nsubj)
         if kind == NOMINAL:
@@ -1023,7 +1015,7 @@ class Grower:
         self.open_clause()
         return head, label
 
-    def hang_marked(self):
+    def head_of_marked(self):
         """While grazing; seems that it rains; ready to go; a man to watch."""
         noun, verb = self.noun, self.verb
         if self.tags[self.mark] == INF and self.subject < 0:
@@ -1035,11 +1027,11 @@ class Grower:
             return verb, "ccomp"
         return self.root, "advcl"
 
-    def hang_clause(self, index):
+    def head_of_clause(self, index):
         """A man | sits; a man sits and a dog | stands."""
         if self.first_verb < 0:
             self.subject, self.root, self.first_verb = self.root, index, index
-            return WAITING, ""
+            return NONE, ""
         if self.noun > self.verb and self.labels[self.noun] in ("conj", "parataxis"):
             self.subject = self.noun
         if self.noun != self.joined:
@@ -1047,12 +1039,12 @@ class Grower:
         self.heads[self.joint] = index
         return self.first_verb, "conj"
 
-    def hang_participle(self, index, kind):
+    def head_of_participle(self, index, kind):
         """A man in a hat | riding; holding a bat | standing; a man stands | riding."""
         noun, verb = self.noun, self.verb
         if self.root < 0:
             self.root = index
-            return WAITING, ""
+            return NONE, ""
         before = max(verb, self.root)
         if noun > verb:
             moves = self.words[noun] in MOVERS or self.labels[noun] == "nsubj"
@@ -1067,7 +1059,7 @@ class Grower:
 
     def finish(self):
         """What still waits hangs on the root, which is the first word that can be one."""
-        waiting = [i for i, head in enumerate(self.heads) if head == WAITING]
+        waiting = [i for i, head in enumerate(self.heads) if head == NONE]
         if self.root < 0:
             self.root = next((i for i in waiting if self.tags[i] not in WAITS), 0)
         for i in waiting:
