@@ -86,14 +86,14 @@ WORDS = {
     ADJ: """able accurate adjacent afghan african ajar alert alive alpine amber american amish
     artisan asian asleep awake aware awkward bad bald bare barefoot baroque barren beige best better
     big bitter bizarre black bland blank bleak blind blond blonde blue blunt bottom brave brief
-    bright broad broke bronze brown brunette buddhist calico calm casual center certain cheap chic
-    clean clear clever close closed coarse cold common compact complete complex cool copper
-    corporate correct crimson crisp crude cuban cute cyan czech damp dark dead decent deep delicate
-    dense desolate desperate different diverse drab dual dull dumb dutch early eastern elaborate
-    elderly electric elegant emo enough entire equestrian european exact exquisite external extreme
-    faint fair fake familiar fancy far fast fat favorite feminine feral fertile few fierce fiery
-    final fine first flat flowery foreign formal former fragile frantic free french fresh front full
-    gay gentle german glad gold golden good gourmet grand gray great greek green grey grim gross
+    bright broad bronze brown brunette buddhist calico calm casual center certain cheap chic clean
+    clear clever close closed coarse cold common compact complete complex cool copper corporate
+    correct crimson crisp crude cuban cute cyan czech damp dark dead decent deep delicate dense
+    desolate desperate different diverse drab dual dull dumb dutch early eastern elaborate elderly
+    electric elegant emo enough entire equestrian european exact exquisite external extreme faint
+    fair fake familiar fancy far fast fat favorite feminine feral fertile few fierce fiery final
+    fine first flat flowery foreign formal former fragile frantic free french fresh front full gay
+    gentle german glad gold golden good gourmet grand gray great greek green grey grim gross
     handheld handicap handmade hard high hind hollow homemade hot huge humane humid icy idle
     immature immense important indian indoor inner intact intense intricate inverted iraqi irish
     israeli jewish jolly jumbo juvenile khaki korean large last late latin lavender lightweight
@@ -101,10 +101,10 @@ WORDS = {
     masculine mature medium mellow metropolitan mexican middle mild mini minor mixed mobile modern
     modest moist much multi multiple muslim mute naked narrow nearest neat neon new next nice
     northeastern northwestern odd old only opaque open opposite optic oral ornate other outdoor
-    outer overcast overgrown overripe overweight own pakistani pale parallel pastel peculiar perfect
-    petite pink pinkish plush poor posh pristine private prominent proper proud public pure purple
-    quaint quick quiet rare raw real recent red retro rich ripe roman rotten rough round rundown sad
-    safe same secluded second separate seperate several severe shallow sharp sheer shorn short sick
+    outer overcast overripe overweight own pakistani pale parallel pastel peculiar perfect petite
+    pink pinkish plush poor posh pristine private prominent proper proud public pure purple quaint
+    quick quiet rare raw real recent red retro rich ripe roman rotten rough round rundown sad safe
+    same secluded second separate seperate several severe shallow sharp sheer shorn short sick
     silent silver silvery similar simple single sleek slender slick slight slim slow small smart
     smiley smooth soft solar solemn solid somber sore southeastern spare sparse spicy squat stale
     stark steep sterling stiff straight strange stray striped strong subtle suburban such sudden
@@ -113,21 +113,21 @@ WORDS = {
     unmade unripe upper upscale upside urban vast victorian vintage vivid warm weak weird western
     wet white whole wicker wide wild wooden woolen wrong yellow young""",
     NOUN: """academy animal army assembly baby balcony belly biopsy blinder body boundary buddy
-    buggy bunny butterfly canal candy canopy canvas cathedral cereal ceremony charcoal cherry chevy
+    buggy bunny butterfly canal candy canvas cathedral cereal ceremony charcoal cherry chevy
     christmas cleaner colony comedy comic company cooler coral corral county crystal curry daddy
     dairy daisy deputy diary dinghy doggy duckling dumpling economy elephant embassy enemy evening
     fairy family ferry fondant foreigner galaxy garlic garnish gas germany goldfish gravy herring
     holly hospital hungary husky infant italy ivy jelly king kitty lady lens liberty library lily
     liver lobby locomotive mandible medal memorial metal morning mosaic mummy mural music numeral
     opener owner party patty pendant penny picnic piggy plastic plateful plenty pony poppy president
-    priest primer property puppy quarry rally restaurant ruby sapling seedling shed shelving sibling
-    sky sled spring spy stable student study supply tabby teddy teenager terminal thing topper
-    traffic trolly vegetable viking warmer whisky""",
+    priest property puppy quarry rally restaurant ruby sapling seedling shed shelving sibling sky
+    sled spring spy stable student study supply tabby teddy teenager terminal thing topper traffic
+    trolly vegetable viking warmer whisky""",
     PLURAL: """bison buffalo cattle children deer feet geese men mice people personnel police sheep
     teeth women""",
-    VERB: """ate became began blew broke came chose drank drove fell felt flew gave got grew laid
-    meant met ran rang rode said sang sank sat saw shook slept slid spent spoke stole stood struck
-    stuck swam swore threw took tore went withdrew woke won wore wrote""",
+    VERB: """ate became began blew broke came chose drank drove fell felt flew gave got grew meant
+    met ran rang rode said sang sank sat saw shook slept slid spent spoke stole stood struck swam
+    swore threw took tore went withdrew woke wore wrote""",
     PARKED: """beaten bent bitten blown born bought bound broken brought built burnt caught chosen
     clad cut dealt done drawn driven dug eaten fallen fed flown forgotten found frozen given gone
     grown held hidden hung inlaid kept knit known laden laid led lit lost made overgrown paid proven
@@ -184,8 +184,7 @@ for (verb_class, class_in_s), members in VERBS.items():
     LEXICON |= dict.fromkeys(members.split(), verb_class)
 for word_class, members in WORDS.items():
     LEXICON |= dict.fromkeys(members.split(), word_class)
-# Words that are not in the lexicon: the first ending that fits decides. A guessed adjective that
-# no noun follows is a noun (ORANGE).
+# For other words the first ending that fits decides; a guessed adjective may be a noun (ORANGE).
 ENDINGS = (
     (r"[\d.,/:]*\d[\d.,/:-]*[a-z]{0,3}$", NUM),
     (r"(?:thir|for|four|fif|six|seven|eigh|nine)(?:teen|ty)$", NUM),
@@ -219,6 +218,8 @@ ING_STATE = """amazing appearing arriving barking billowing bleeding blinking bl
     staring steaming striking surrounding towering trailing twisting wagging walking weeping wilting
     winding working yawning""".split()
 LAYERS = ("layer", "level", "story", "tier", "way")  # a two *way* street
+WEARING = ("in", "wearing", "wears")  # a woman in red *smiles* at
+AS_SOLD = ("free", "friendly", "proof", "ready", "resistant", "safe", "washable")  # powder *free*
 FORMS = ("down", "through", "fit", "length", "neck", "size", "sleeve", "story", "style")
 PLACING = ("by", "near", "beside", "at", "on", "in", "under", "behind")
 DISHES = with_plurals("""casserole curry dish dressing omelet pie pizza salad sandwich soup stew
@@ -250,8 +251,7 @@ SITES = ("line", "lot", "school", "section", "team")  # but not compounds: a par
 VIEWS = with_plurals("close close-up closeup footage screenshot selfie shot up view")
 PICTURES = VIEWS | with_plurals("image photo photograph pic picture portrait snapshot")
 AMONG = ("and", "beside", "between", "near", "some", "under", "with")  # a clock and a *photo*
-# Times, events, manners, sports, abstractions: one cannot point at them. Nor at what ends as they
-# do, but for CONCRETE.
+# One cannot point at times, events, abstractions, nor at what ends as they do, but for CONCRETE.
 NOT_THINGS = with_plurals("""access accident adventure advice afternoon ages agreement aid aim air
     airstrike altitude am amazement anger angle anniversary appetite approach apr april arrival
     attack attempt aug august b.c. backflip backhand badminton battle bc bce behavior benefit birth
@@ -259,29 +259,28 @@ NOT_THINGS = with_plurals("""access accident adventure advice afternoon ages agr
     ceremony change chase choice christmas cm color comment concept concern concert confinement
     confusion contact contest contrast cost crash crime danger dawn death debate dec december
     decision decrease defeat delay delight demand departure desire detour development diameter
-    disaster discussion disrepair dozen dunk dusk dynasty earthquake easter effect effort
-    employment entertainment era escape evening event example excitement exercise explosion
-    expression extension fashion fear feb february feel festival fight final flight focus forehand
-    freedom ft fun funeral future gallon game gb golf grace growth guilt haircut halloween
-    handstand harm health height help heritage history hockey homework hope hour humor hunger
-    hurricane hurry idea illusion impact inch incident increase interest internet interview
-    invasion issue jan january job joke journey joy july jump june justice kg kind kingdom kiss
-    knowledge l labor lack language laugh laughter launch lbs leisure length lesson level life
-    liter look loss luck m magic maneuver mar marathon marriage match matches matter mb memory
-    midair midday midst mind mission mistake ml mm mode moment month mood morning move movement mph
-    music nap nature need news noise noon notice nov november occasion oct october ollie olympic
-    opinion order origin outbreak outskirts oz pace pain pandemic panic parade party passion past
-    pcs peace penalty percent period pickup picnic play pleasure pm politics possession poverty
-    practice praise prayer premiere pressure pride problem proceedings process progress promise
-    proof protest prowess purpose quarantine race rally rate reason recovery rehearsal research
-    rest result retirement rhythm ride role rule safety scent schedule search season sense sept
-    september serve session shipment shock show size skill sleep smell solitude somersault sort
-    speech speed spirit strength stress strike struggle stunt style success summer surgery surprise
-    takeoff talk tantrum task taste tb temperature tennis tension theme thought threat thrill time
-    topic touch touchdown tour tournament transit transport treatment trial trick trip trot trouble
-    turn twilight type unison use variety victory videogame vigil vision visit volley vote wait
-    wake war wealth weather wedding week weekend wheelie will wind winter wish wonder work x year
-    yoga""")
+    disaster discussion disrepair dozen dunk dusk dynasty earthquake easter effect effort employment
+    entertainment era escape evening event example excitement exercise explosion expression
+    extension fashion fear feb february feel festival fight final flight focus forehand freedom ft
+    fun funeral future gallon game gb golf grace growth guilt haircut halloween handstand harm
+    health height help heritage history hockey homework hope hour humor hunger hurricane hurry idea
+    illusion impact inch incident increase interest internet interview invasion issue jan january
+    job joke journey joy july jump june justice kg kind kingdom kiss knowledge l labor lack language
+    laugh laughter launch lbs leisure length lesson level life liter look loss luck m magic maneuver
+    mar marathon marriage match matter mb memory midair midst mind mission mistake ml mm mode moment
+    month mood morning move movement mph music nap nature need news noise noon notice nov november
+    occasion oct october ollie olympic opinion order origin outbreak outskirts oz pace pain pandemic
+    panic parade party passion past pcs peace penalty percent period pickup picnic play pleasure pm
+    politics possession poverty practice praise prayer premiere pressure pride problem proceedings
+    process progress promise proof protest prowess purpose quarantine race rally rate reason
+    recovery rehearsal research rest result retirement rhythm ride role rule safety scent schedule
+    search season sense sept september serve session shipment shock show size skill sleep smell
+    solitude somersault sort speech speed spirit strength stress strike struggle stunt style success
+    summer surgery surprise takeoff talk tantrum task taste tb temperature tennis tension theme
+    thought threat thrill topic touch touchdown tour tournament transit transport treatment trial
+    trick trip trot trouble turn twilight type unison use variety victory videogame vigil vision
+    visit volley vote wait wake war wealth weather wedding week weekend wheelie will wind winter
+    wish wonder work x year yoga""")
 ABSTRACT = re.compile(
     r".*(?:ness|ism|[ae]nc(?:e|y|ie)|it(?:y|ie)|(?<!ic)ation|[^a]tion|(?:er|nd|on)ship|day|time"
     r"|(?<!k)night)s?$"
@@ -298,8 +297,8 @@ BALL_SPORTS = with_plurals("baseball basketball football soccer softball volleyb
 BARE = """bat bloom board business class construction dinner display duty fire formation guard half
     hand horseback lunch place row sale seating service sunrise sunset tow town""".split()
 ARRAYS = with_plurals("row line circle group pile")
-ACTS = with_plurals("""bath bite bow catch charge cut drink flip grip guard hit hug kiss landing
-    leap look pitch place pose ride shot sip spill spin step swing thumb walk way""")
+TAKEN = PICTURES | with_plurals("""bath bite bow catch charge cut drink flip grip guard hit hug kiss
+    landing leap look pitch place pose ride shot sip spill spin step swing thumb walk way""")
 DATE = re.compile(r"[12]\d{3}|about$|ca?\.?$|circa|early|late$")
 TAKING = re.compile(
     "(?:attempt|do|gett?|giv|ha|hav|los|mak|perform|play|stand|strik|tak)(?:e?s|e|ing)?$"
@@ -331,8 +330,7 @@ Token = namedtuple("Token", "text start end tag")
 Phrase = namedtuple("Phrase", "text span subject subject_span")
 Parse = namedtuple("Parse", "caption tokens phrases")
 
-# A word with its hyphens, apostrophes and decimals; an abbreviation with its dots; 's; any sign;
-# each with the fillers of `as_read`.
+# A word with hyphens, apostrophes, decimals; an abbreviation; 's; any sign; with `fold`'s fillers.
 WORD = "[^\\W_]+(?:\u200b+[^\\W_]+)*"
 TOKEN = re.compile(
     rf"(?:(?:and/or|w/o?)(?![^\W_])|{WORD}(?:\u200b*[-']\u200b*(?!s\b){WORD}|[.,:/](?=\d)\d+"
@@ -340,7 +338,7 @@ TOKEN = re.compile(
     r"|(?<=\b[A-Za-z])\.(?:[A-Za-z]\.)+)*|'\u200b*s\b|\S)"
     "\u200b*"
 )
-ENTITY = re.compile(r"(&(?:#\d{1,7}|#[xX][\da-fA-F]{1,6}|[A-Za-z]\w{1,30});)")
+ENTITY_OR_SIGN = re.compile(r"&(?:#\d{1,7}|#[xX][\da-fA-F]{1,6}|[A-Za-z]\w{1,30});|.", re.S)
 SAME = str.maketrans("’‘ʼ´`‐‑", "'" * 5 + "--")
 
 
@@ -358,8 +356,7 @@ def as_read(caption):
     """The caption as its reader sees it, place by place: plain letters and signs, no entities."""
     if caption.isascii() and "&" not in caption and "`" not in caption:
         return caption
-    parts = [[part] if n % 2 else part for n, part in enumerate(ENTITY.split(caption))]
-    return "".join(map(fold, chain.from_iterable(parts)))
+    return ENTITY_OR_SIGN.sub(lambda sign: fold(sign[0]), caption)
 
 
 def tokenize(caption):
@@ -384,8 +381,10 @@ def classify(word):
         found = classify(last)
         if found in (ADJ, PARKED, RIDING):
             return found
+        if last.endswith("s"):
+            return PLURAL
         whole = last in FORMS or first == "non" or classify(first) in (ADJ, NUM, ONE)
-        return PLURAL if last.endswith("s") else ORANGE if whole else NOUN
+        return ORANGE if whole else NOUN
     if any(LEXICON.get(re.sub(pattern, base, word)) == ADJ for pattern, base in DEGREES):
         return ADJ
     return next(found for pattern, found in ENDINGS if re.match(pattern, word))
@@ -408,13 +407,10 @@ AMID = INSIDE + DEGREE + COMPOUND + BETWEEN + NOUN
 PLACES = PREPS + UP + ADV
 FOLLOWS = PLACES + TO + SUB + JOINTS + MARK + OPENERS + NEARBY + PRON + THAT  # follows a verb
 
-# What a test of a rule looks at: all words and tags, those around a word; tags from index on are
-# classes.
-Near = namedtuple("Near", "words tags index before2 before word after after2 left2 left right2")
-
-
-def look(words, tags, i):
-    return Near(words, tags, i, *words[i - 2 : i + 3], tags[i - 2], tags[i - 1], tags[i + 2])
+# What a test of a rule sees: all words and tags (from index on still classes), and five of each.
+Near = namedtuple(
+    "Near", "words tags index before2 before word after after2 left2 left tag right right2"
+)
 
 
 def is_person(word):
@@ -433,14 +429,14 @@ def after_one(at):
 
 def feeds(at):
     """A person, and what is no person: a keeper *feeds* giraffes, but a tennis player's hat."""
-    if at.tags[at.index + 1] != PLURAL:
-        return at.before in PEOPLE and after_one(at)
+    if at.right != PLURAL:
+        return (at.tag == LIGHTS or at.before in PEOPLE) and after_one(at)
     return is_person(at.before) and not is_person(at.word[:-1])
 
 
 def acts(at):
     """Some who act as one, or one with a word that is mostly a verb: see a child *stand* on it."""
-    verb = LEXICON.get(at.word + "s") == RIDES and at.tags[at.index + 1] in PLACES + SUB
+    verb = LEXICON.get(at.word + "s") == RIDES and at.right in PLACES + SUB
     return at.before in ("family", "team", "crowd", "couple") or verb and at.before in PEOPLE
 
 
@@ -453,16 +449,11 @@ def after_two(at):
 
 def in_clothes(at):
     """The first verb: a man in a hat *waves* to, two men in full gear *climb* up."""
-    start = re.match("[DP]?[JZCNSU]*([NS])I[DPJZCNSUK]*$", "".join(at.tags[2:12][: at.index - 2]))
+    start = re.match("[DPJZCNSU]*([NS])I[DPJZCNSUK]*$", "".join(at.tags[2:12][: at.index - 2]))
     if not start or at.words[start.end(1) + 2] != "in":
         return False
     some = start[1] == PLURAL
-    return some == (at.tags[at.index] == RIDE) and is_person(at.words[start.end(1) + 1])
-
-
-def dressed_in(at):
-    """A verb after a colour to wear: a woman in black *sits* on."""
-    return at.before2 in ("in", "wearing", "wears") and at.word[-1] == "s"
+    return some == (at.tag == RIDE) and is_person(at.words[start.end(1) + 1])
 
 
 def compounds(at):
@@ -470,7 +461,7 @@ def compounds(at):
     if at.left == NOUN and at.after[-1:] == "s" and at.word != "parking":
         return False  # a man in a kitchen cutting vegetables
     if at.word in ING_ALWAYS:
-        return at.left not in JOINTS + START + NOUN or at.before not in MOVERS
+        return at.before not in MOVERS
     placed = at.left in INSIDE + COMPOUND or at.before in PLACING
     placed = placed and (at.before, at.left2) != ("by", PAST)
     return placed and at.word not in ING_STATE and at.after not in MOVERS
@@ -479,11 +470,6 @@ def compounds(at):
 def forms(at):
     """With an adjective, it says how a thing is made: long *sleeve*, deep *dish*."""
     return at.word in FORMS or f"{at.before} {at.word}" in ("deep dish", "high speed", "open air")
-
-
-def sold_as(at):
-    """Of a thing on sale: powder *free*."""
-    return at.after in ("free", "friendly", "proof", "ready", "resistant", "safe", "washable")
 
 
 def eats(at):
@@ -524,16 +510,14 @@ RULES = (
     (ORANGE, NOUN, ANY, NOUN),  # a street *light*
     (ORANGE, ANY, JOINTS, ADJ, lambda at: at.right2 == ADJ),  # an *orange* and red bus
     (ORANGE, ANY, RIDING, ADJ, lambda at: at.word not in LEXICON and at.right2 in THINGS),
-    (ORANGE, ANY, RIDES + RIDING + VERB, NOUN),  # an *orange* sits
     (ORANGE, ANY, PARKED, NOUN, lambda at: at.right2 in PREP + UP and at.word != "half"),
-    (ORANGE, ANY, RIGHT, NOUN, lambda at: at.right2 in LINK),  # a *square* left of
     (ORANGE, ARTICLES, PLURAL + LIGHTS, NOUN, lambda at: at.right2 in OPENERS),  # *medic* checks a
-    (ORANGE, ANY, NOUNISH, ADJ),  # an *orange* bus
+    (ORANGE, ANY, THINGS + PAINTING + PARKED + ADJ + NUM + ONE + DEGREE, ADJ),  # an *orange* bus
     (ORANGE, BE + DEGREE, ANY, ADJ),  # is *orange*
     (NOUN, ADJ, THINGS, ADJ, forms),  # a long *sleeve* shirt
     (NOUN + ORANGE + RIDE, NOUNS + BE + VERB, RIDING, ADV, lambda at: at.after in ACTIVITIES),
     (NOUN, NUM, THINGS + PAINTING, ADJ, lambda at: at.before2 in SINGULAR or at.word in LAYERS),
-    (NOUN, COMMA + MARK, ADJ, ADJ, sold_as),  # a bowl, *dishwasher* safe
+    (NOUN, COMMA + MARK, ADJ, ADJ, lambda at: at.after in AS_SOLD),  # a bowl, *dishwasher* safe
     (NOUN, DET, PLURAL, NUM, lambda at: at.word in ("couple", "dozen")),  # a *couple* umbrellas
     (NOUN + ORANGE, PLURAL + INF, OPENERS, VERB),  # to *pedal* a bike, candles *light* a room
     (NOUN, PLURAL, PLACES + TO + SUB, VERB, lambda at: at.left2 in START + NUM),  # men *nap* on
@@ -541,7 +525,6 @@ RULES = (
     (PLURAL + LIGHTS, NOUNS + DEGREE, OPENERS, VERB, lambda at: at.before2 not in SEVERAL),
     (PLURAL, CONJ, OPENERS, VERB, lambda at: VERB in at.tags[: at.index][-9:]),  # and *bends* his
     (PLURAL + LIGHTS, NOUN, NOUNS + ADJ, VERB, feeds),  # the keeper *feeds* giraffes
-    (LIGHTS, NOUN, NOUNS + ADJ, VERB, after_one),  # a chef *slices* onions
     (LIGHTS, NOUN, FOLLOWS, PLURAL, lambda at: at.word in ("lights", "signs")),  # a street *signs*
     (PLURAL + LIGHTS, NOUN, FOLLOWS + RIDING, VERB, after_one),  # a bird *perches* on
     (PLURAL + LIGHTS, PRON, ANY, VERB),  # as she *bends*
@@ -561,11 +544,11 @@ RULES = (
     # a *cutting* board; a *smiling* man; and *smiling* people, a glass of *running* water
     (RIDING, AMID, THINGS + PAINTING + CAN, COMPOUND, compounds),
     (RIDING, DEGREE + ADJ, ANY, ING, lambda at: at.left2 in BE),  # is busy *eating* pizza
-    (RIDING, INSIDE + DEGREE, NEXT + VERB, PARTICIPLE),
-    (RIDING, CONJ, NEXT + VERB, ING, eats),  # cutting and *eating* it
-    (RIDING, BETWEEN + VERB + ING, NEXT + VERB, PARTICIPLE, lambda at: at.word in ING_STATE),
+    (RIDING, INSIDE + DEGREE, NOUNISH, PARTICIPLE),
+    (RIDING, CONJ, NOUNISH, ING, eats),  # cutting and *eating* it
+    (RIDING, BETWEEN + VERB + ING, NOUNISH, PARTICIPLE, lambda at: at.word in ING_STATE),
     (RIDING, PREPS, THINGS + PARKED + PAINTING, PARTICIPLE, lambda at: at.before in ("of", "with")),
-    (RIDING, START + ARTICLES + ADJ, LINK, NOUN, lambda at: at.word in QUANTITY or not at.before),
+    (RIDING, START + ARTICLES + ADJ, LINK, NOUN, lambda at: at.word in QUANTITY),
     (CONJ, NOUN, NOUN + ORANGE, COMPOUND, lambda at: at.after2 in DISHES),  # ham *and* egg pie
     (PARKED, ANY, THINGS, NOUN, lambda at: at.word == "led"),  # an *LED* lamp
     (PARKED, AMID + VERB + ING + SUB, NEXT, PARTICIPLE),  # *parked* cars
@@ -585,17 +568,17 @@ RULES = (
     (PARKED, NOUN, COMMA + MARK, NOUN, lambda at: at.word == "set"),  # a cookware *set*
     (PARKED + VERB, START, LINK, NOUN, lambda at: at.word in QUANTITY),  # *set* of
     (DET, ANY, VERB + RIDES, PRON, lambda at: at.word in SINGULAR and at.after[-1] == "s"),
-    (RIDES + VERB, ADJ, FOLLOWS, VERB, dressed_in),  # red *smiles* at
+    (RIDES + VERB, ADJ, FOLLOWS, VERB, lambda at: at.before2 in WEARING and at.word[-1] == "s"),
     (VERB, INSIDE, ANY, NOUN),  # a *stare* at
     (RIDES, INSIDE + PREPS + START + COMPOUND, ANY, PLURAL),  # two *rides*
     (TO + ADV + RIDE, START, PLURAL, NUM, lambda at: at.word in ("to", "too", "tow")),  # for two
-    (TO, ANY, VERB + BE + RIDE, INF, lambda at: at.before != "next"),  # *to* eat, *to* ride
-    (TO, ANY, NOUN, INF, lambda at: at.right2 in OPENERS + ADJ and at.before != "next"),
+    (TO, ANY, VERB + BE + RIDE, INF),  # *to* eat, *to* ride
+    (TO, ANY, NOUN, INF, lambda at: at.right2 in OPENERS + ADJ),
     (TO, ANY, PARKED, INF, lambda at: at.after in ("cut", "put", "set", "shut")),
     (BACK, ARTICLES + ADJ + GENITIVE + OWNER + PREPS + START, ANY, NOUN),  # the *back* of
     (NEARBY, ARTICLES + ADJ, ANY, ADJ),  # a *nearby* house
     (NEARBY, PREPS, NOUNS, ADJ),  # in *nearby* grass
-    (RIGHT, ANY, STARTS + DEGREE + VERB + BACK, ADJ),  # the *right* hand
+    (RIGHT, ANY, STARTS + DEGREE, ADJ),  # the *right* hand
     (UP, ANY, STARTS + OPENERS + PRON + THAT + BACK, PREP),  # *up* a hill
     (PREP, NOUN, NOUN, PARTICIPLE, resembles),  # a mirror *like* object
     (UP, ANY, RIDING, PREP, lambda at: at.word == "by" and at.right2 in THINGS),
@@ -604,7 +587,6 @@ RULES = (
     (ONE, ANY, THINGS + ADJ + CAN, NUM),  # *one* dog
     (THAT, NOUNS + PRON + ADJ, ANY, REL),  # a dog *that* runs
     (THAT, ANY, THINGS + ADJ, DET),  # *that* dog
-    (CAN, PRON, ANY, AUX),  # you *can* see
     (CAN, NOUNS + PRON + REL, VERB + RIDE + BE + ADV, AUX),  # a dog *can* swim
     (QUOTE, PLURAL, NOUNISH, GENITIVE),  # two dogs *'* heads
     (GENITIVE_S, NOUNS, PREPS + JOINTS + MARK + THAT, PLURAL),  # two ski *'s* on
@@ -628,16 +610,17 @@ def decide(words, classes):
     for i in range(2, len(words) - 2):
         word, after = words[i], words[i + 1]
         if after in ("next", "close") and words[i + 2] == "to":
-            tags[i + 1] = ADV
+            tags[i + 1 : i + 3] = ADV, LINK
         if word == words[i + 2] and after in ("by", "in", "to"):
             tags[i] = tags[i + 2] = ADV  # hand in hand
         if f"{word}-{after}" in FIXED:
             tags[i : i + 2] = NOUN, PLURAL if after[-1] == "s" != after[-2] else NOUN
         for left, right, tag, test in RULES_OF.get(tags[i], ()):
-            if tags[i - 1] in left and tags[i + 1] in right:
-                if test is None or test(look(words, tags, i)):
-                    tags[i] = tag
-                    break
+            if tags[i - 1] not in left or tags[i + 1] not in right:
+                continue
+            if not test or test(Near(words, tags, i, *words[i - 2 : i + 3], *tags[i - 2 : i + 3])):
+                tags[i] = tag
+                break
         else:
             tags[i] = USUALLY.get(tags[i], tags[i])
     return tags[2:-2]
@@ -647,14 +630,13 @@ def decide(words, classes):
 # "red and white cups" is JkJS, "a dog 's head" DNMN. In "apples pears and figs" a comma is missing:
 # SSKS is three phrases. Repetition is bounded: time is linear.
 JOINED = re.compile(
-    r"(?<=[JZ])(?:[,K]|,K)(?=Q?[JZ][JZ,KQ]{0,6}[JZNSU]{0,4}[NS])"
+    r"(?<=[JZ])(?:,?K|,)(?=Q?[JZ][JZ,KQ]{0,6}[JZNSU]{0,4}[NS])"
     r"|(?<=[DPC][JZ])K(?=N[NU]{0,2}[NS])"  # a white and stainless steel fridge
 )
 QUOTED = re.compile(r"(?<=[DPJZC])\.([NSJVGE]{1,5})\.(?=[JZ]{0,3}[NS])")  # a "stop" sign
 FRONTED = re.compile(r"(^I[DPJZN]{0,6})N(?=S+V)")  # after the rain | puddles cover
 NOUN_PHRASE = re.compile(
-    r"D{0,3}P?(?:[JZCkUMY]|Q(?=[QJZCNSU])|N(?=[NSnZUM])|R(?=M)|S(?=[NM]|S(?!S{0,9}[K,]))){0,40}"
-    r"[NSn]|R"
+    r"D{0,3}P?(?:[JZCQkUMY]|N(?=[NSnZUM])|R(?=M)|S(?=[NM]|S(?!S{0,9}[K,]))){0,40}[NSn]|R"
 )
 
 
@@ -672,13 +654,6 @@ def is_abstract(word):
     return word in NOT_THINGS or bool(ABSTRACT.match(word)) and word not in CONCRETE
 
 
-def is_taken(words, tags, first):
-    """Whether what begins at first is done: takes *a bath*, for *a walk*, in the middle of it."""
-    before = words[first - 1]
-    done = TAKING.match(before) or before == "for" and tags[first] == DET
-    return done or words[first - 2 : first] == ["middle", "of"]
-
-
 def is_thing(words, tags, first, last, subject):
     """Whether one can point at what the noun phrase words[first : last + 1] names."""
     word, before, after = words[last], words[first - 1], words[last + 1]
@@ -688,8 +663,10 @@ def is_thing(words, tags, first, last, subject):
         return word == "view" and subject < last and after != "of"  # a lake view
     if tags[last] == PRON or is_abstract(word):
         return False
-    if (word in ACTS or word in PICTURES) and is_taken(words, tags, first):
-        return False
+    if word in TAKEN:
+        taken = TAKING.match(before) or before == "for" and tags[first] == DET
+        if taken or words[first - 2 : first] == ["middle", "of"]:
+            return False  # takes a bath, for a walk, in the middle of a swing
     if before in ("says", "saying") and tags[first] != DET:
         return False  # a sign saying stop
     if tags[first] == NUM and (word == "pack" or before in (",", "-") and word in QUANTITY):
@@ -704,8 +681,8 @@ def is_thing(words, tags, first, last, subject):
     if row or after == "of" and word in ("corner", "form", "point", "shades", "shape"):
         return False  # in a row, at the corner of
     if word in LOCATIONS and subject == last:
-        worn = {ADJ, PARTICIPLE} if word in ("front", "top") else set()  # a pink top
-        return not worn.union((POSS, GENITIVE, OWNER)).isdisjoint(tags[first:last])
+        worn = ADJ + PARTICIPLE if word in ("front", "top") else ""  # a pink top
+        return any(tag in worn + POSS + GENITIVE + OWNER for tag in tags[first:last])
     bare = word in BARE and LEXICON.get(before) in (PREP, LINK)
     return first < last or not (bare or word in BALL_SPORTS)
 
@@ -791,10 +768,10 @@ def subject_texts(parsed):
 
 # ==== (b) The tree: it is built only when asked for, and changes no phrase and no subject =======
 
-# Universal Dependencies: parts of speech with their tags; relations inside a noun phrase, where
-# nouns are "compound"; relations of words that wait for a head to their right.
 # Tags that only a tree asks for: *there* is a dog, *both* a cat and a dog, *ice* skating.
 EXPLETIVE, BOTH, ICE = "XFa"
+# Universal Dependencies: parts of speech with their tags; relations inside a noun phrase, where
+# nouns are "compound"; relations of words that wait for a head to their right.
 UPOS = dict(ADJ=ADJ, ADP=PREPS, ADV=ADV + DEGREE, AUX=BE + AUX, CCONJ=CONJ + BOTH, DET=DET, NUM=NUM)
 UPOS |= dict(NOUN=COMPOUNDS + OWNER + ICE, PRON=POSS + PRON + REL + EXPLETIVE, SCONJ=SUB)
 UPOS |= dict(PART=INF + GENITIVE, PUNCT=COMMA + MARK, VERB=VERB + ING + PAST + PARTICIPLE)
@@ -804,7 +781,7 @@ WAITS = {ADV: "advmod", DEGREE: "advmod", PREP: "case", LINK: "case", GENITIVE: 
 WAITS |= {INF: "mark", SUB: "mark", BE: "aux", AUX: "aux", EXPLETIVE: "expl"}
 WAITS |= {COMMA: "punct", MARK: "punct", BOTH: "cc:preconj", ICE: "compound"}
 NOMINAL, PLACE, EXISTS = "n", "c", "b"  # a noun phrase; next *to*; there *is*
-NONE, WAITING = -1, -2  # no word; the head of a word that has none yet
+NONE = -1  # no word; the head of a word that has none yet, at last of the root
 # "picks up a box": up belongs to picks; "tries to", "starts": what follows completes it; "gives a
 # boy a ball"; "cuts it with a knife": the knife belongs to cuts.
 PARTICLE = re.compile(
@@ -816,12 +793,10 @@ COMPLETED = re.compile(
     "|continu|keep|able|wait|enjoy"
 )
 GIVES = re.compile("giv|gave|show|feed|fed|hand|offer|serv|toss|throw")
-TOOLS = (
-    "knife fork spoon racket racquet bat hand hands brush scissors chopsticks stick hose".split()
-)
+TOOLS = """knife fork spoon racket racquet bat hand hands brush scissors chopsticks stick
+    hose""".split()
 
-# A token in its tree: tag is its universal part of speech, head the index of its head (-1: it is
-# the root), label its relation to the head.
+# A token in its tree: its universal part of speech, its head's index (-1: none), its relation.
 Node = namedtuple("Node", "text start end tag head label")
 
 
@@ -861,17 +836,16 @@ class Grower:
 
     def __init__(self, words, tags, spans):
         self.words, self.tags, self.ends = words, tags, dict(spans)
-        self.heads, self.labels = [WAITING] * len(words), [""] * len(words)
+        self.heads, self.labels = [NONE] * len(words), [""] * len(words)
         self.root = self.noun = self.verb = self.first_verb = NONE
         self.joined = self.joint = NONE  # a noun phrase joined to another, and its conjunction
         self.place = ""  # the latest preposition
-        self.cases = []  # prepositions that wait for a noun phrase
         self.open_clause()
 
     def open_clause(self):
-        """What waits for a predicate: nothing yet."""
+        """What waits for a noun phrase (cases: prepositions) and for a predicate: nothing yet."""
         self.subject = self.relative = self.conjunction = self.mark = self.auxiliary = NONE
-        self.waiting = []
+        self.cases, self.waiting = [], []
 
     def hang(self, word, head, label):
         self.heads[word], self.labels[word] = head, label
@@ -911,33 +885,31 @@ class Grower:
         """Fills heads and labels."""
         for first, last in self.ends.items():
             self.hang_modifiers(first, last)
-        index = -1
-        while index + 1 < len(self.words):
-            start = index + 1
+        start = 0
+        while start < len(self.words):
             index, kind = self.kind(start)
             copula = self.auxiliary >= 0 and self.tags[self.auxiliary] == BE
             if kind in WAITS:
                 self.wait(index, kind)
-                continue
-            if kind == REL:  # hangs on its noun until a verb comes: a man who
-                head, label = self.noun, "nsubj"
+            elif kind == REL:  # hangs on its noun until a verb comes: a man who
+                self.hang(index, self.noun, "nsubj")
                 self.relative = index if self.subject < 0 else self.relative
             elif kind == NOMINAL and not copula:
-                head, label = self.hang_noun(index, start)
+                self.hang(index, *self.head_of_noun(index, start))
             else:
-                head, label = self.hang_predicate(index, kind, copula)
-            self.hang(index, head if head >= 0 else WAITING, label)
+                self.hang(index, *self.head_of_predicate(index, kind, copula))
+            start = index + 1
         self.finish()
 
     def kind(self, index):
         """The head of the noun phrase that begins at index and NOMINAL, or index and its kind."""
-        tag, before = self.tags[index], self.tags[index - 1 : index]
+        tag = self.tags[index]
         in_red = tag in ADJ + PARTICIPLE and self.cases and self.auxiliary < 0
         if index in self.ends or in_red or tag in DET + POSS + NUM + COMPOUND:
             return self.ends.get(index, index), NOMINAL
         if tag == ADV and self.tags[index + 1 : index + 2] == [LINK] and not self.particle(index):
             return index, PLACE
-        return index, EXISTS if tag == BE and before == [EXPLETIVE] else tag
+        return index, EXISTS if tag == BE and self.tags[index - 1] == EXPLETIVE else tag
 
     def particle(self, index):
         return self.verb >= 0 and PARTICLE.match(f"{self.words[self.verb]} {self.words[index]}")
@@ -960,14 +932,14 @@ class Grower:
         if tag in (INF, SUB) and self.mark < 0:
             self.mark = index
 
-    def hang_noun(self, index, start):
+    def head_of_noun(self, index, start):
         """Head and label of a noun phrase that is no predicate; start is its first word."""
         noun, verb = self.noun, self.verb
         for case in self.cases:
             self.heads[case] = index
-        head, label = WAITING, ""
+        head, label = NONE, ""
         if self.cases:
-            head, label = self.hang_place(index)
+            head, label = self.head_of_place(index)
         elif self.conjunction >= 0 and self.root < 0 <= verb:  # while he rides, a dog | runs
             self.heads[self.conjunction], self.root = verb, index
         elif self.conjunction >= 0 and noun >= 0:  # a cat and a dog
@@ -993,7 +965,7 @@ class Grower:
         """What a word is joined to, if it is: the head of the next one that is joined."""
         return self.heads[word] if self.labels[word] == "conj" else word
 
-    def hang_place(self, index):
+    def head_of_place(self, index):
         """A noun phrase after a preposition hangs on the noun or on the verb before it."""
         noun, word = self.noun, self.words[index]
         self.place = self.words[self.cases[0]]
@@ -1006,7 +978,7 @@ class Grower:
             return head, "nmod"  # a slice of pizza | on a plate
         return noun, "nmod"
 
-    def hang_predicate(self, index, kind, copula):
+    def head_of_predicate(self, index, kind, copula):
         """Head and label of a verb, a participle or another predicate; it takes what waits."""
         free = self.auxiliary < 0
         finite = not free or kind in (VERB, EXISTS)
@@ -1019,25 +991,24 @@ class Grower:
             head, label = self.heads[self.relative], "acl:relcl"
             self.hang(self.relative, index, nsubj if self.subject < 0 else "obj")
         elif self.mark >= 0:
-            head, label = self.hang_marked()
+            head, label = self.head_of_marked()
         elif self.conjunction >= 0 and self.verb >= 0:  # sits and watches
             head, label = self.first_of(self.verb), "conj"
             self.heads[self.conjunction] = index
         elif finite:
-            head, label = self.hang_clause(index)
+            head, label = self.head_of_clause(index)
         else:
-            head, label = self.hang_participle(index, kind)
+            head, label = self.head_of_participle(index, kind)
         if self.subject >= 0:
             self.hang(self.subject, index, nsubj)
         if kind == NOMINAL:
             self.noun = index
         else:
             self.verb = index
-        self.cases = []
         self.open_clause()
         return head, label
 
-    def hang_marked(self):
+    def head_of_marked(self):
         """While grazing; seems that it rains; ready to go; a man to watch."""
         noun, verb = self.noun, self.verb
         if self.tags[self.mark] == INF and self.subject < 0:
@@ -1049,11 +1020,11 @@ class Grower:
             return verb, "ccomp"
         return self.root, "advcl"
 
-    def hang_clause(self, index):
+    def head_of_clause(self, index):
         """A man | sits; a man sits and a dog | stands."""
         if self.first_verb < 0:
             self.subject, self.root, self.first_verb = self.root, index, index
-            return WAITING, ""
+            return NONE, ""
         if self.noun > self.verb and self.labels[self.noun] in ("conj", "parataxis"):
             self.subject = self.noun
         if self.noun != self.joined:
@@ -1061,12 +1032,12 @@ class Grower:
         self.heads[self.joint] = index
         return self.first_verb, "conj"
 
-    def hang_participle(self, index, kind):
+    def head_of_participle(self, index, kind):
         """A man in a hat | riding; holding a bat | standing; a man stands | riding."""
         noun, verb = self.noun, self.verb
         if self.root < 0:
             self.root = index
-            return WAITING, ""
+            return NONE, ""
         before = max(verb, self.root)
         if noun > verb:
             moves = self.words[noun] in MOVERS or self.labels[noun] == "nsubj"
@@ -1081,7 +1052,7 @@ class Grower:
 
     def finish(self):
         """What still waits hangs on the root, which is the first word that can be one."""
-        waiting = [i for i, head in enumerate(self.heads) if head == WAITING]
+        waiting = [i for i, head in enumerate(self.heads) if head == NONE]
         if self.root < 0:
             self.root = next((i for i in waiting if self.tags[i] not in WAITS), 0)
         for i in waiting:
@@ -1224,9 +1195,9 @@ def read_parses(path):
 
 
 def plain(phrase):
-    """A phrase as a score compares it: small letters, no first article, single spaces."""
+    """A phrase as a score compares it: small letters, no first article, single spaces, no place."""
     text = re.sub(r"^(an?|the) ", "", " ".join(phrase.text.lower().split()))
-    return phrase._replace(text=text, subject=phrase.subject.lower())
+    return Phrase(text, None, phrase.subject.lower(), None)
 
 
 def score(gold, parses):
@@ -1234,32 +1205,31 @@ def score(gold, parses):
 
     Both are {caption: [`Phrase`, …]}. A caption is right when all its subjects are, in order.
     """
-    pairs, right = [], 0  # of each caption the gold's phrases and the parse's
+    views = {
+        "phrases": lambda phrase: phrase.text,
+        "subjects": lambda phrase: phrase.subject,
+        "heads": lambda phrase: phrase.subject.split()[-1],
+    }
+    wanted = found = right = 0
+    hits, errors = Counter(), []
     for caption, phrases in gold.items():
         theirs, mine = [*map(plain, phrases)], [*map(plain, parses.get(caption, []))]
+        wanted, found = wanted + len(theirs), found + len(mine)
         right += [phrase.subject for phrase in theirs] == [phrase.subject for phrase in mine]
-        pairs.append((theirs, mine))
-    wanted = max(1, sum(len(theirs) for theirs, _ in pairs))
-    found = max(1, sum(len(mine) for _, mine in pairs))
+        for name, view in views.items():
+            hits[name] += (Counter(map(view, theirs)) & Counter(map(view, mine))).total()
+        missed, wrong = Counter(theirs) - Counter(mine), Counter(mine) - Counter(theirs)
+        errors += [f"\n{caption}"] if missed or wrong else []
+        errors += [f"  missed {p.text}  (subject: {p.subject})" for p in missed.elements()]
+        errors += [f"  wrong  {p.text}  (subject: {p.subject})" for p in wrong.elements()]
     lines = [f"{'':10}{'precision':>10}{'recall':>10}{'F1':>10}"]
-    for name, view in (
-        ("phrases", lambda phrase: phrase.text),
-        ("subjects", lambda phrase: phrase.subject),
-        ("heads", lambda phrase: phrase.subject.split()[-1]),
-    ):
-        both = [Counter(map(view, theirs)) & Counter(map(view, mine)) for theirs, mine in pairs]
-        hits = sum(shared.total() for shared in both)
-        f1 = 2 * hits / (found + wanted)
-        lines.append(f"{name:10}{hits / found:10.4f}{hits / wanted:10.4f}{f1:10.4f}")
+    for name in views:
+        precision, recall = hits[name] / max(1, found), hits[name] / max(1, wanted)
+        f1 = 2 * hits[name] / max(1, found + wanted)
+        lines.append(f"{name:10}{precision:10.4f}{recall:10.4f}{f1:10.4f}")
     share, missing = right / max(1, len(gold)), len(gold.keys() - parses.keys())
     lines.append(f"captions right: {right} of {len(gold)}, {share:.4f}; without a parse: {missing}")
-    for caption, (theirs, mine) in zip(gold, pairs):
-        wanted = Counter(f"{phrase.text}  (subject: {phrase.subject})" for phrase in theirs)
-        found = Counter(f"{phrase.text}  (subject: {phrase.subject})" for phrase in mine)
-        lines += [f"\n{caption}"] if wanted != found else []
-        lines += [f"  missed {phrase}" for phrase in (wanted - found).elements()]
-        lines += [f"  wrong  {phrase}" for phrase in (found - wanted).elements()]
-    return "\n".join(lines)
+    return "\n".join(lines + errors)
 
 
 def run():
