@@ -46,36 +46,36 @@ UP, NEARBY, BACK, RIGHT, HAS, CAN, ALL, ONE, THAT, HER, TO, GENITIVE_S, QUOTE = 
 VERBS = {
     (VERB, VERB): """accept accuse add adjust admire allow ambush announce appear applaud apply
     approach arrange arrive ascend assemble assist attempt attend avoid bake bathe become beg belch
-    believe billow blame bring build bury buy carry carve celebrate chew choose chop clash clean
-    clear collapse collect collide come commemorate compare compete conceal confirm connect consist
-    contain continue crawl create crouch declare decorate defend deliver demolish demonstrate depart
-    depict descend describe destroy detain dig dine discover discuss dismantle distribute dodge
-    dominate don donate douse doze drape dribble drift eat embrace engage engulf enjoy ensure enter
-    entertain evacuate examine excavate expect explain explore expose extend extinguish fail fill
-    find fix flee flow follow forgive gallop gather gaze gesture get give glide go grab grapple
-    graze grow hang happen haul heal hear herd hide hike hold hover huddle ignite ignore include
-    indicate inject insert inspect install interact interrogate invade investigate invite irrigate
-    jog join juggle jut keep knead kneel know laugh launch lay lean learn let liberate lick lie
-    listen locate lose love make march mean melt mention merge mingle mourn mow munch navigate
-    nibble nod observe occupy occur operate overlook pass pay peck peer perch perform pluck plunge
-    portray pour pray prepare produce protect protrude prove provide put raise react read rebuild
-    receive recover recycle reflect relax remain remove replace require resemble respond restore
-    retrieve reveal rinse roam rotate say scatter scramble scrub sculpt see seek seem sell send sew
-    shave shear sing sip sit snuggle soar socialize sow speak spend splash sprint squeeze stay steal
-    steer stir strum submit suck surround survive sway swerve swim take teach tell tend thank think
-    throw topple trawl try tumble unearth unfurl unload untie unveil unwrap vaccinate vandalize wade
-    wander want wear weave weld wrestle write""",
+    believe belong billow blame bring build bury buy carry carve celebrate chew choose chop clash
+    clean clear collapse collect collide come commemorate compare compete conceal confirm connect
+    consist contain continue crawl create crouch declare decorate defend deliver demolish
+    demonstrate depart depict descend describe destroy detain dig dine discover discuss dismantle
+    distribute dodge dominate don donate douse doze drape dribble drift eat embrace engage engulf
+    enjoy ensure enter entertain evacuate examine excavate expect explain explore expose extend
+    extinguish fail fill find fix flee flow follow forgive gallop gather gaze gesture get give glide
+    go grab grapple graze grow hang happen haul heal hear herd hide hike hold hover huddle ignite
+    ignore include indicate inject insert inspect install interact interrogate invade investigate
+    invite irrigate jog join juggle jut keep knead kneel know laugh launch lay lean learn let
+    liberate lick lie listen locate lose love make march mean meander melt mention merge mingle
+    mourn mow munch navigate nibble nod observe occupy occur operate overlook pass pay peck peer
+    perch perform pluck plunge portray pour pray prepare produce protect protrude prove provide put
+    raise react read rebuild receive recover recycle reflect relax remain remove replace require
+    resemble respond restore retrieve reveal rinse roam rotate say scatter scramble scrub sculpt see
+    seek seem sell send sew shave shear sing sip sit snuggle soar socialize sow speak spend splash
+    sprint squeeze stay steal steer stir strum submit suck surround survive sway swerve swim take
+    teach tell tend terminate thank think throw topple trawl try tumble unearth unfurl unload untie
+    unveil unwrap vaccinate vandalize wade wander want wear weave weld wrestle write""",
     (RIDE, RIDES): """arrest attack balance bark battle beat bend bite blow bounce brace brush bump
     burn capture cast catch change chant chase chat cheer claim clap climb combine cook crash cross
     cut dance display dive drag draw drive dunk escape escort exhibit exit face fall feature feed
     fight finish flap flip float fly gain glance greet grin growl guide harvest heat help hit hoist
     honor hop hug hunt hurt interview joust jump kick kiss lead leap lift look lounge lunge maneuver
-    measure move nap parade patrol pause peek photograph pick play plow point poke pose practice
-    pull punch punt push race raid reach release repair rescue rest return ride rip rise roast rub
-    run salute scan scratch search serve shake shine shoot shout show slap sleep slide smash smell
-    smile snap sniff sort spill spin squat stand stare start stretch strike stroll struggle support
-    surf suspect sweep swing tackle talk taste tear tilt toss touch tow travel trot turn use vie
-    visit vote wait walk wash watch welcome whisper wipe work yawn""",
+    measure meet move nap parade patrol pause peek photograph pick play plow point poke pose
+    practice pull punch punt push race raid reach release repair rescue rest return ride rip rise
+    roast rub run salute scan scratch search serve shake shine shoot shout show slap sleep slide
+    smash smell smile snap sniff sort span spill spin squat stand stare start stretch strike stroll
+    struggle support surf suspect sweep swing tackle talk taste tear tilt toss touch tow travel trot
+    turn use vie visit vote wait walk wash watch welcome whisper wipe work yawn""",
     (RIDE, LIGHTS): """bat block board comb cover crowd dart dress drill drink drop fence film fry
     glow grill guard hammer knot land leave light line load mirror mop mount pack paddle paint park
     pet pitch place plant post pump rake rally roll row sail sample share shop shovel shred signal
@@ -86,43 +86,44 @@ WORDS = {
     ADJ: """able accurate adjacent afghan african ajar alert alive alpine amber american amish
     artisan asian asleep awake aware awkward bad bald bare barefoot baroque barren beige best better
     big bitter bizarre black bland blank bleak blind blond blonde blue blunt bottom brave brief
-    bright broad bronze brown brunette buddhist calico calm casual center certain cheap chic clean
-    clear clever close closed coarse cold common compact complete complex cool copper corporate
-    correct crimson crisp crude cuban cute cyan czech damp dark dead decent deep delicate dense
-    desolate desperate different diverse drab dual dull dumb dutch early eastern elaborate elderly
-    electric elegant emo enough entire equestrian european exact exquisite external extreme faint
-    fair fake familiar fancy far fast fat favorite feminine feral fertile few fierce fiery final
-    fine first flat flowery foreign formal former fragile frantic free french fresh front full gay
-    gentle german glad gold golden good gourmet grand gray great greek green grey grim gross
-    handheld handicap handmade hard high hind hollow homemade hot huge humane humid icy idle
-    immature immense important indian indoor inner intact intense intricate inverted iraqi irish
-    israeli jewish jolly jumbo juvenile khaki korean large last late latin lavender lightweight
-    little live lone long loose loud low lunar lush magenta main major makeshift manual maroon
-    masculine mature medium mellow metropolitan mexican middle mild mini minor mixed mobile modern
-    modest moist much multi multiple muslim mute naked narrow nearest neat neon new next nice
-    northeastern northwestern odd old only opaque open opposite optic oral ornate other outdoor
-    outer overcast overripe overweight own pakistani pale parallel pastel peculiar perfect petite
-    pink pinkish plush poor posh pristine private prominent proper proud public pure purple quaint
-    quick quiet rare raw real recent red retro rich ripe roman rotten rough round rundown sad safe
-    same secluded second separate seperate several severe shallow sharp sheer shorn short sick
-    silent silver silvery similar simple single sleek slender slick slight slim slow small smart
-    smiley smooth soft solar solemn solid somber sore southeastern spare sparse spicy squat stale
-    stark steep sterling stiff straight strange stray striped strong subtle suburban such sudden
-    superb sure sweet swift swiss swollen syrian tall tan teal teenage tender thick thin third
-    tibetan tight top trim triple true turquoise twin ugly uneven unfinished unique unisex unknown
-    unmade unripe upper upscale upside urban vast victorian vintage vivid warm weak weird western
-    wet white whole wicker wide wild wooden woolen wrong yellow young""",
+    bright broad bronze brown brunette buddhist byzantine calico calm casual center certain cheap
+    chic clean clear clever close closed coarse cobalt cold common compact complete complex
+    confederate cool copper corporate correct crimson crisp crude cuban cute cyan cypriot czech damp
+    dark dead decent deep delicate dense desolate desperate different diverse drab dual dull dumb
+    dutch early eastern elaborate elderly electric elegant emo enough entire equestrian etruscan
+    european exact exquisite external extreme faint fair fake familiar fancy far fast fat favorite
+    feminine feral fertile few fierce fiery final fine first flat flowery foreign formal former
+    fragile frantic free french fresh front full gay gentle german gilt glad gold golden good
+    gourmet grand gray great greek green grey grim gross handheld handicap handmade hard high hind
+    hollow homemade hot huge humane humid hyperdense hypodense icy idle immature immense important
+    indian indoor inner intact intense intricate inverted iraqi irish israeli jewish jolly jumbo
+    juvenile khaki korean large last late latin lavender lightweight little live lone long loose
+    loud low lumbar lunar lush magenta main major makeshift manual maroon masculine mature medium
+    mellow metropolitan mexican middle mild mini minor mixed mobile modern modest moist much multi
+    multiple muslim mute naked narrow nearest neat neon new next nice northeastern northwestern
+    nubian odd old only opaque open opposite optic oral ornate other outdoor outer overcast overripe
+    overweight own pakistani pale parallel pastel peculiar perfect petite pink pinkish plush poor
+    posh pristine private prominent proper proud public pure purple quaint quick quiet rare raw real
+    recent red retro rich ripe roman rotten rough round rundown sad safe same secluded second
+    separate seperate several severe shallow sharp sheer shorn short sick silent silver silvery
+    similar simple single sleek slender slick slight slim slow small smart smiley smooth soft solar
+    solemn solid somber sore southeastern spare sparse spicy squat stale stark steep sterling stiff
+    straight strange stray striped strong subtle suburban such sudden superb sure sweet swift swiss
+    swollen syrian tall tan teal teenage tender thick thin third tibetan tight top trim triple true
+    turquoise twin ugly underglaze uneven unfinished unique unisex unknown unmade unripe upper
+    upscale upside urban vast victorian vintage vivid warm weak weird western wet white whole
+    wholesale wicker wide wild wooden woolen wrong yellow young""",
     NOUN: """academy animal army assembly baby balcony belly biopsy blinder body boundary buddy
     buggy bunny butterfly canal candy canvas cathedral cereal ceremony charcoal cherry chevy
     christmas cleaner colony comedy comic company cooler coral corral county crystal curry daddy
-    dairy daisy deputy diary dinghy doggy duckling dumpling economy elephant embassy enemy evening
-    fairy family ferry fondant foreigner galaxy garlic garnish gas germany goldfish gravy herring
-    holly hospital hungary husky infant italy ivy jelly king kitty lady lens liberty library lily
-    liver lobby locomotive mandible medal memorial metal morning mosaic mummy mural music numeral
-    opener owner party patty pendant penny picnic piggy plastic plateful plenty pony poppy president
-    priest property puppy quarry rally restaurant ruby sapling seedling shed shelving sibling sky
-    sled spring spy stable student study supply tabby teddy teenager terminal thing topper traffic
-    trolly vegetable viking warmer whisky""",
+    dairy daisy deputy diary dinghy doggy duckling dumpling dynasty economy elephant embassy enemy
+    evening fairy family ferry fondant foreigner galaxy garlic garnish gas germany goldfish gravy
+    herring holly hospital hungary husky infant italy ivy jelly king kitty lady lens liberty library
+    lily liver lobby locomotive mandible medal memorial metal morning mosaic mummy mural music
+    numeral opener owner paddy party patty pendant penny picnic piggy plastic plateful plenty
+    politician pony poppy president priest property puppy quarry rally restaurant ruby sapling
+    seedling shed shelving sibling sky sled spring spy stable student study supply tabby teddy
+    teenager terminal thing topper traffic trolly vegetable viking warmer whisky""",
     PLURAL: """bison buffalo cattle children deer feet geese men mice people personnel police sheep
     teeth women""",
     VERB: """ate became began blew broke came chose drank drove fell felt flew gave got grew meant
@@ -131,12 +132,12 @@ WORDS = {
     PARKED: """beaten bent bitten blown born bought bound broken brought built burnt caught chosen
     clad cut dealt done drawn driven dug eaten fallen fed flown forgotten found frozen given gone
     grown held hidden hung inlaid kept knit known laden laid led lit lost made overgrown paid proven
-    put rebuilt redone ridden seen sent set shaken shot shown shut sold split sprung spun stolen
-    strewn strung stuck sunk swept taken taught thrown told torn won worn woven written""",
-    PAINTING: """awning bedding building carving ceiling clothing covering crossing drawing dressing
-    dwelling earring etching filling flooring frosting icing landing lettering lighting lining
-    netting opening painting paneling plumbing pudding railing ring scaffolding seating serving
-    setting siding string stuffing topping wedding wing writing""",
+    put rebuilt redone ridden seen sent set shaken shot shown shut slain sold split sprung spun
+    stolen strewn strung stuck sunk swept taken taught thrown told torn won worn woven written""",
+    PAINTING: """awning bedding building bunting carving ceiling clothing covering crossing drawing
+    dressing dwelling earring etching filling flooring frosting icing landing lettering lighting
+    lining netting opening painting paneling plumbing pudding railing ring scaffolding seating
+    serving setting siding string stuffing topping wedding wing writing""",
     ORANGE: """adult antique female giant half human light male miniature newborn orange oval plaid
     plain rear square""",
     DET: "a an another any each either every neither some the these this those",
@@ -145,9 +146,9 @@ WORDS = {
     nothing ones others she someone something them themselves theres they us we what whats you""",
     NUM: "eight eleven five four hundred nine seven six ten thousand three twelve two",
     PREP: """above across after against along alongside amid amidst among amongst at atop before
-    behind below beneath beside besides between beyond despite during except for in into like near
-    on onto past per than through throughout thru til till toward towards under underneath unlike
-    until upon versus via w/ w/o with within without""",
+    behind below beneath beside besides between beyond circa despite during except for in into like
+    near on onto past per than through throughout thru til till toward towards under underneath
+    unlike until upon versus via w/ w/o with within without""",
     UP: "aboard about around by down inside off out outside over up",
     ADV: """abroad afar again ago ahead airborne alone also altogether always anywhere apart ashore
     aside away backstage downhill downstairs downward downwards else elsewhere even ever everywhere
@@ -186,7 +187,7 @@ for word_class, members in WORDS.items():
     LEXICON |= dict.fromkeys(members.split(), word_class)
 # For other words the first ending that fits decides; a guessed adjective may be a noun (ORANGE).
 ENDINGS = (
-    (r"[\d.,/:]*\d[\d.,/:-]*[a-z]{0,3}$", NUM),
+    (r"x?[\d.,/:]*\d[\d.,/:'-]*[a-z]{0,3}$", NUM),
     (r"(?:thir|for|four|fif|six|seven|eigh|nine)(?:teen|ty)$", NUM),
     (r".+(?:ing|in')$", RIDING),
     (r".*[stwp]eed$", NOUN),
@@ -209,18 +210,18 @@ DEGREES = ("(er|est)$", ""), ("(?<=e)(r|st)$", ""), (r"(.)\1(er|est)$", r"\1"), 
 ING_ALWAYS = """baking charging cutting dining fishing frying gaming hiking living parking roasting
     rowing sewing shopping steering swimming vending""".split()
 ING_STATE = """amazing appearing arriving barking billowing bleeding blinking blooming blossoming
-    boiling bouncing breaking burning cheering crashing crawling crumbling crying curving dangling
-    disturbing drifting dripping drooping dying eating fading falling flaming flashing floating
-    flowing flying galloping gleaming glistening glowing grinning hanging hovering incoming
-    interesting jumping kneeling laughing leaning leaping looking lounging lurking matching melting
-    moving oncoming passing peeling pouncing rising roaring rolling rotting running rushing
-    screaming setting shining sinking sitting sizzling smiling smoking soaring sparkling standing
-    staring steaming striking surrounding towering trailing twisting wagging walking weeping wilting
-    winding working yawning""".split()
+    boiling bouncing breaking burning cheering communicating crashing crawling crumbling crying
+    curving dangling disturbing drifting dripping drooping dying eating fading falling flaming
+    flashing flickering floating flowing flying galloping gleaming glistening glowing grinning
+    hanging hovering incoming interesting jumping kneeling laughing leaning leaping looking lounging
+    lurking matching melting moving oncoming passing peeling pouncing rising roaring rolling rotting
+    running rushing screaming setting shining sinking sitting sizzling smiling smoking soaring
+    sparkling standing staring steaming striking surrounding towering trailing twisting wagging
+    walking weeping wilting winding working yawning""".split()
 LAYERS = ("layer", "level", "story", "tier", "way")  # a two *way* street
 WEARING = ("in", "wearing", "wears")  # a woman in red *smiles* at
 AS_SOLD = ("free", "friendly", "proof", "ready", "resistant", "safe", "washable")  # powder *free*
-FORMS = ("down", "through", "fit", "length", "neck", "size", "sleeve", "story", "style")
+FORMS = "down fit length neck out proof size sleeve story style through".split()
 PLACING = ("by", "near", "beside", "at", "on", "in", "under", "behind")
 DISHES = with_plurals("""casserole curry dish dressing omelet pie pizza salad sandwich soup stew
     topping""")
@@ -229,14 +230,14 @@ ACTIVITIES = """biking boarding climbing diving fishing sailing shopping skating
 # Words that belong to the noun after them: "hot dog" is a subject.
 FIXED = with_plurals("""advertising-sign back-ground bedroom-set big-ben big-rig boarding-pass
     brief-case brush-set chess-set chop-stick close-up clothes-line cookware-set dinner-set
-    double-decker drum-set flat-screen french-fries german-shepherd gift-set golden-gate
-    golden-retriever grizzly-bear half-pipe hash-brown high-chair high-rise hot-dog hot-rod
+    double-decker drum-set flat-screen french-fries german-shepherd gift-set gold-leaf golden-gate
+    golden-retriever grizzly-bear half-pipe hash-brown high-chair high-rise hot-air hot-dog hot-rod
     jumbo-jet knife-set light-bulb light-fixture light-house light-pole light-post light-switch
-    little-league measuring-cup mixing-bowl mountain-pass new-york orange-juice orange-peel
-    orange-slice polar-bear police-officer pork-chop rear-view red-panda rolling-pin running-shoe
-    sheet-set sitting-room smart-phone stainless-steel swim-trunk swing-set tea-set teddy-bear
-    television-set third-base throw-blanket throw-pillow tool-set tooth-brush top-hat towel-set
-    train-set wet-suit whole-wheat wild-flower wrestling-ring""")
+    little-league measuring-cup mixing-bowl mobile-home mountain-pass new-york orange-juice
+    orange-peel orange-slice polar-bear police-officer pork-chop rear-view red-panda rolling-pin
+    running-shoe sheet-set shipping-container sitting-room smart-phone stainless-steel swim-trunk
+    swing-set tea-set teddy-bear television-set third-base throw-blanket throw-pillow tool-set
+    tooth-brush top-hat towel-set train-set wet-suit whole-wheat wild-flower wrestling-ring""")
 # "a group of people" is one phrase, and people is its subject.
 QUANTITY = with_plurals("""abundance amount array assortment batch bit bite brood bunch bundle chunk
     cluster clutch collection colony convoy couple crowd dash dollop dozen drove expanse fleet
@@ -252,35 +253,36 @@ VIEWS = with_plurals("close close-up closeup footage screenshot selfie shot up v
 PICTURES = VIEWS | with_plurals("image photo photograph pic picture portrait snapshot")
 AMONG = ("and", "beside", "between", "near", "some", "under", "with")  # a clock and a *photo*
 # One cannot point at times, events, abstractions, nor at what ends as they do, but for CONCRETE.
-NOT_THINGS = with_plurals("""access accident adventure advice afternoon ages agreement aid aim air
-    airstrike altitude am amazement anger angle anniversary appetite approach apr april arrival
-    attack attempt aug august b.c. backflip backhand badminton battle bc bce behavior benefit birth
-    bit blast break breath budget bunt c ca call campaign career carnival cartwheel cause century
-    ceremony change chase choice christmas cm color comment concept concern concert confinement
-    confusion contact contest contrast cost crash crime danger dawn death debate dec december
-    decision decrease defeat delay delight demand departure desire detour development diameter
-    disaster discussion disrepair dozen dunk dusk dynasty earthquake easter effect effort employment
-    entertainment era escape evening event example excitement exercise explosion expression
-    extension fashion fear feb february feel festival fight final flight focus forehand freedom ft
-    fun funeral future gallon game gb golf grace growth guilt haircut halloween handstand harm
-    health height help heritage history hockey homework hope hour humor hunger hurricane hurry idea
-    illusion impact inch incident increase interest internet interview invasion issue jan january
-    job joke journey joy july jump june justice kg kind kingdom kiss knowledge l labor lack language
-    laugh laughter launch lbs leisure length lesson level life liter look loss luck m magic maneuver
-    mar marathon marriage match matter mb memory midair midst mind mission mistake ml mm mode moment
-    month mood morning move movement mph music nap nature need news noise noon notice nov november
-    occasion oct october ollie olympic opinion order origin outbreak outskirts oz pace pain pandemic
-    panic parade party passion past pcs peace penalty percent period pickup picnic play pleasure pm
-    politics possession poverty practice praise prayer premiere pressure pride problem proceedings
-    process progress promise proof protest prowess purpose quarantine race rally rate reason
-    recovery rehearsal research rest result retirement rhythm ride role rule safety scent schedule
-    search season sense sept september serve session shipment shock show size skill sleep smell
-    solitude somersault sort speech speed spirit strength stress strike struggle stunt style success
-    summer surgery surprise takeoff talk tantrum task taste tb temperature tennis tension theme
-    thought threat thrill topic touch touchdown tour tournament transit transport treatment trial
-    trick trip trot trouble turn twilight type unison use variety victory videogame vigil vision
-    visit volley vote wait wake war wealth weather wedding week weekend wheelie will wind winter
-    wish wonder work x year yoga""")
+NOT_THINGS = with_plurals("""a.d. access accident adventure advice afternoon age ages agreement aid
+    aim air airstrike altitude am amazement anger angle anniversary appetite approach apr april
+    arrival attack attempt aug august b.c. backflip backhand badminton baseline battle bc bce
+    behavior benefit birth bit blast break breath budget bunt c ca call campaign career carnival
+    cartwheel cause century ceremony change chase choice christmas cm color comment concept concern
+    concert confinement confusion contact contest contrast cost count crash crime danger dawn death
+    debate dec december decision decrease defeat delay delight demand departure desire detour
+    development diameter disaster discussion disrepair dozen drought dunk dusk dynasty earthquake
+    easter effect effort employment entertainment era escape evening event example excitement
+    exercise explosion expression extension fashion fear feb february feel festival fight final
+    flight focus forehand freedom ft fun funeral future gallon game gb golf grace growth guilt
+    haircut halloween handstand harm health height help heritage history hockey homework hope hour
+    humor hunger hurricane hurry idea illusion impact inch incident increase interest internet
+    interview invasion issue jan january job joke journey joy july jump june justice kg kind kingdom
+    kiss knowledge l labor lack language laugh laughter launch lbs leisure length lesson level life
+    liter look loss luck m magic magnification maneuver mar marathon march marriage match matter mb
+    memory midair midst mind mission mistake ml mm mode moment month mood morning move movement mph
+    music nap nature need news noise noon notice nov november occasion oct october ollie olympic
+    opinion order origin outbreak outskirts oz pace pain pandemic panic parade party passion past
+    pcs peace penalty percent period pickup picnic play pleasure pm politics possession poverty
+    practice praise prayer premiere pressure pride problem proceedings process progress promise
+    proof protest prowess purpose quarantine race rally rate reason recovery rehearsal research rest
+    result retirement rhythm ride role rule safety scent schedule search season sense sept september
+    serve session shipment shock show size skill sleep smell solitude somersault sort speech speed
+    spirit sprint strength stress strike struggle stunt style success summer surgery surprise
+    takeoff talk tantrum task taste tb temperature tennis tension theme thought threat thrill topic
+    touch touchdown tour tournament transit transport travel treatment trial trick trip trot trouble
+    turn twilight type unison use variety victory videogame vigil vision visit volley vote wait wake
+    war wealth weather wedding week weekend wheelie will wind winter wish wonder work x xl year
+    yoga""")
 ABSTRACT = re.compile(
     r".*(?:ness|ism|[ae]nc(?:e|y|ie)|it(?:y|ie)|(?<!ic)ation|[^a]tion|(?:er|nd|on)ship|day|time"
     r"|(?<!k)night)s?$"
@@ -299,7 +301,7 @@ BARE = """bat bloom board business class construction dinner display duty fire f
 ARRAYS = with_plurals("row line circle group pile")
 TAKEN = PICTURES | with_plurals("""bath bite bow catch charge cut drink flip grip guard hit hug kiss
     landing leap look pitch place pose ride shot sip spill spin step swing thumb walk way""")
-DATE = re.compile(r"[12]\d{3}|about$|ca?\.?$|circa|early|late$")
+DATE = re.compile(r"[12]\d{3}|\d+(st|nd|rd|th)|(about|ca?\.?|circa|early|late) \d")
 TAKING = re.compile(
     "(?:attempt|do|gett?|giv|ha|hav|los|mak|perform|play|stand|strik|tak)(?:e?s|e|ing)?$"
     "|did|gave|got|took"
@@ -307,15 +309,16 @@ TAKING = re.compile(
 # What most often does what a verb says: in "a man in a hat riding a horse" the man rides. After
 # "the", the first alone; after "a", any noun, but for words of MANY ("a few street signs").
 PEOPLE = """activist actor artist athlete barber bartender batter bear bicyclist biker bishop boy
-    bride brother bull candidate cat catcher champion chef child clown coach conductor cook cop
-    couple cow cowboy crew crowd customer cyclist dad dancer daughter doctor dog driver duck
-    elephant engineer family fan farmer father firefighter fisherman friend giraffe girl goalkeeper
-    goat grandfather grandmother groom guy hiker horse hound husband king kitten lady leader
-    lifeguard lion man mayor mechanic minister model mom monk monkey mother musician nurse officer
-    owner passenger patient person photographer pilot pitcher player policeman pope president prince
-    princess protester puppy queen referee reporter rider sailor senator sheep shopper singer sister
-    skater skier soldier son student surfer surgeon swimmer teacher team technician tenant toddler
-    tourist trainer umpire vendor waiter waitress wife woman worker zebra""".split()
+    bride brother bull candidate captain cat catcher champion chancellor chef child clown coach
+    conductor cook cop couple cow cowboy crew crowd customer cyclist dad dancer daughter doctor dog
+    driver duck elephant engineer family fan farmer father firefighter fisherman friend giraffe girl
+    goalkeeper goat grandfather grandmother groom guy hiker horse hound husband king kitten lady
+    leader lifeguard lion man mayor mechanic minister model mom monk monkey mother musician nurse
+    officer owner passenger patient person photographer pilot pitcher player policeman politician
+    pope premier president prince princess protester puppy queen referee reporter rider sailor
+    senator sheep shopper singer sister skater skier soldier son student surfer surgeon swimmer
+    teacher team technician tenant toddler tourist trainer umpire vendor waiter waitress wife woman
+    worker zebra""".split()
 MOVERS = with_plurals(
     "airplane bird boat bus children men people plane train truck women " + " ".join(PEOPLE)
 )
@@ -383,7 +386,7 @@ def classify(word):
             return found
         if last.endswith("s"):
             return PLURAL
-        whole = last in FORMS or first == "non" or classify(first) in (ADJ, NUM, ONE)
+        whole = last in FORMS or first == "non" or classify(first) in (ADJ, NUM, ONE, PREP, UP)
         return ORANGE if whole else NOUN
     if any(LEXICON.get(re.sub(pattern, base, word)) == ADJ for pattern, base in DEGREES):
         return ADJ
@@ -525,6 +528,7 @@ RULES = (
     (PLURAL + LIGHTS, NOUNS + DEGREE, OPENERS, VERB, lambda at: at.before2 not in SEVERAL),
     (PLURAL, CONJ, OPENERS, VERB, lambda at: VERB in at.tags[: at.index][-9:]),  # and *bends* his
     (PLURAL + LIGHTS, NOUN, NOUNS + ADJ, VERB, feeds),  # the keeper *feeds* giraffes
+    (LIGHTS, NOUN, NOUNS + ADJ, VERB, after_one),  # a robot *slices* onions
     (LIGHTS, NOUN, FOLLOWS, PLURAL, lambda at: at.word in ("lights", "signs")),  # a street *signs*
     (PLURAL + LIGHTS, NOUN, FOLLOWS + RIDING, VERB, after_one),  # a bird *perches* on
     (PLURAL + LIGHTS, PRON, ANY, VERB),  # as she *bends*
@@ -671,10 +675,11 @@ def is_thing(words, tags, first, last, subject):
         return False  # a sign saying stop
     if tags[first] == NUM and (word == "pack" or before in (",", "-") and word in QUANTITY):
         return False  # , 2 pack
-    if before == "," == after and DATE.match(words[last + 2]):
+    if before == "," == after and DATE.match(" ".join(words[last + 2 : last + 4])):
         return False  # a coat, Paris, about 1925
-    if (before, after) in (("(", "/"), ("/", ")")):
-        return False  # (Agency/Photographer)
+    credit = (before, after) in (("(", "/"), ("/", ")")) or "reuters" in (word, words[first - 2])
+    if credit or (word, after) == ("file", "-"):
+        return False  # FILE - A ship leaves. (Agency/Photographer)
     if word == "corner" and (words[last - 1] in LOCATIONS or words[last - 1] in ("lower", "upper")):
         return False  # top right corner
     row = word in ARRAYS and before == "in" and tags[first] != NUM
@@ -729,6 +734,18 @@ def classify_in_title(word):
     return NOUN if found == VERB or word == "set" else found
 
 
+def after_names(caption, spans, classes):
+    """The classes, with verbs after names of two words: Joe Biden *boards* a plane."""
+    first = [caption[start] for start, _ in spans]
+    found = list(classes)
+    for i in range(2, len(found)):
+        named = first[i - 2].isupper() and first[i - 1].isupper() and first[i].islower()
+        several = found[i] == RIDE and CONJ in found[max(0, i - 8) : i]
+        if named and (found[i] in RIDES + LIGHTS or several):
+            found[i] = VERB
+    return found
+
+
 def parse(caption):
     """The `Parse` of a caption, whatever string it is. Linear in its length.
 
@@ -737,7 +754,7 @@ def parse(caption):
     spans = tokenize(caption)
     words = split_words(caption, spans)
     sort = classify_in_title if is_title(caption, spans) else classify
-    tags = decide(words, [*map(sort, words)])
+    tags = decide(words, after_names(caption, spans, map(sort, words)))
     tokens = [Token(caption[a:b], a, b, tag) for (a, b), tag in zip(spans, tags)]
     return Parse(caption, tokens, read_phrases(caption, spans, words, tags))
 

@@ -283,6 +283,18 @@ In [the |market], one can find [|tourists].
 [A |man] in the top right corner of [a |photo montage]
 [A three tier |wedding cake] in front of [a |lot] half full of [|cars]
 [A |lesion] in [the left |mandible].
+[|President Ada Lowell] boards [a |plane] at [an |airport].
+[|Ada Lowell] and [|Sam Lee] pose for [a |photographer].
+[A sandy |beach] and [the blue |sea] meet at [a |cape].
+[Two |villages] belong to [a green |valley].
+[A |politician] waves to [the |crowd].
+[A |woman] stands in [a |hot air balloon].
+[An off-road |truck] beside [a burned-out |car]
+[|Bowl], [|porcelain], Ming dynasty, 15th century
+[A gilt |frame] around [a |mirror], x200
+FILE - [A |ship] leaves [a |port]. REUTERS/Ann Lee
+[A |train] leaves [|Tbilisi], [|Georgia], late Tuesday.
+[A |robot] slices [|onions].
 """
 
 
