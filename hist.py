@@ -76,8 +76,8 @@ class Options:
 
     data: str = option("scenes", "scenes, coco, or a file of records: FILE.jsonl")
     root: str = option("data/coco", "--data coco: its folder, laid out as it is published")
-    out: str = option("out/scenes", "folder for all that a run writes")
-    parses: str = option("", "parses to train on in place of parse.py's (see tests/paper/llm.py)")
+    out: str = option("out/scenes", "folder for all that a run writes; an older run's files go")
+    parses: str = option("", "parses to train on; parse.py's for the rest (see tests/paper/llm.py)")
     base: str = option("albef", "the model: albef, or blip (causal LM in place of MLM)")
     levels: str = option("caption,phrase,subject,composition", "levels that HIST trains with")
     vit_steps: int = option(300, "--data scenes: steps in which the ViT learns to name shapes")
@@ -88,7 +88,7 @@ class Options:
     lr: float = option(2e-3, "peak learning rate")
     composition_weight: float = option(1.0, "lambda, the weight of the composition loss")
     composition_start: float = option(0.8, "share of all steps after which composition begins")
-    vit: str = option("scenes", "any timm ViT; scenes: one layer on a convolutional stem")
+    vit: str = option("scenes", "any timm ViT; scenes: our own, a layer on a convolutional stem")
     pretrained: bool = option(False, "start --vit from timm's pretrained weights")
     init: str = option("", "checkpoint to start from: its weights, words, and options of its model")
     image_size: int = option(60, "side of the square image, pixels")
@@ -97,7 +97,7 @@ class Options:
     fusion_layers: int = option(1, "layers in which text attends to the image")
     cam_layer: int = option(0, "fusion layer that Grad-CAM reads, 0 the first")
     vocab_size: int = option(10_000, "words kept, most frequent first; the rest are [UNK]")
-    eval_images: int = option(500, "held-out images to evaluate on, a split; 0: all")
+    eval_images: int = option(500, "held-out images to evaluate on, a split; 0: all, of scenes 500")
     save_every: int = option(200, "steps between checkpoints")
     workers: int = option(0, "processes that load images")
     max_bad: float = option(0.2, "share of the images that may be unusable")
@@ -117,7 +117,8 @@ def presets(typed):
     """What was typed ({option: value}), with defaults for data other than the scenes, and for BLIP,
     whose text layers all fuse."""
     data, base = typed.get("data", Options.data), typed.get("base", Options.base)
-    preset = {"text_layers": 2, "fusion_layers": 1, "out": f"out/{Path(data).stem}"}
+    preset = {"text_layers": Options.text_layers, "fusion_layers": Options.fusion_layers}
+    preset["out"] = f"out/{Path(data).stem}"
     if data != "scenes":
         preset |= PHOTOGRAPHS | (GPU if torch.cuda.is_available() else CPU)
     if base == "blip":
@@ -209,7 +210,7 @@ class Tokenizer:
 MAX_KEYS = 128  # texts of a level that an image is known for; the same for all, to be gathered
 NO_TEXT, NO_KEY = -1, -2  # keys that equal nothing
 
-# texts(parse): a level's texts, one for each phrase, or one in all. language: whether MLM (BLIP:
+# texts(parsed): a level's texts, one for each phrase, or one in all. language: whether MLM (BLIP:
 # LM) is learnt too; not of a subject, one word with no context to guess it from. A new level is a
 # line here, and a name in --levels.
 Level = namedtuple("Level", "texts language")
@@ -305,11 +306,11 @@ class Samples(Dataset):
 def collate(rows, name=""):
     """Samples as a batch of B: image (B, 3, side, side) uint8; for each level ids, masked, labels
     (B, L), exists (B,) bool, text_keys (B,), image_keys (B, MAX_KEYS); for "pair" part1, part2,
-    whole (B, L), exists (B,). name: of what is collated, in a sample."""
+    whole (B, L), exists (B,). name: under which a sample has these rows."""
     if isinstance(rows[0], dict):
         batch = {}
-        for name in rows[0]:
-            batch[name] = collate([row[name] for row in rows], name)
+        for key in rows[0]:
+            batch[key] = collate([row[key] for row in rows], key)
         return batch
     if isinstance(rows[0], list):
         return pad(rows, -100 if name == "labels" else Tokenizer.pad_id)
@@ -428,7 +429,7 @@ class ALBEF(nn.Module):
         return T, mask, F.normalize(self.text_projection(T[:, 0]).float(), dim=-1)
 
     def fuse(self, T, mask, image_kv):
-        """n texts look at n images -> states (n, L, width), cross-attentions [A, …]."""
+        """n texts look at n images, or at one -> states (n, L, width), cross-attentions [A, …]."""
         attentions = []
         for layer, keys_values in zip(self.fusion_layers, image_kv):
             T, A = layer(T, mask[:, None], keys_values)
@@ -515,8 +516,8 @@ def grad_cam(A, score, mask, grid, prefix=1, create_graph=False):
 
 @torch.enable_grad()  # a map is a gradient, whoever asks for it
 def locate(model, ids, image_kv, cam_layer, create_graph=False):
-    """Maps (n, height, width) of texts (n, L) over n images, and probabilities (n,) of a match. In
-    the last, or only, fusion layer [CLS] alone reaches the match head: other rows of A add 0."""
+    """Maps (n, height, width) of texts (n, L) over n images, or over one, and probabilities (n,) of
+    a match. In the last fusion layer [CLS] alone reaches the match head: other rows of A add 0."""
     T, mask, _ = model.encode_text(ids)
     logits, attentions = model.match(T, mask, image_kv)
     A = attentions[cam_layer]
@@ -632,7 +633,9 @@ def composition_losses(model, teacher, V, pair, cam_layer):
     mass = whole.detach().sum((1, 2))
     shares = whole.detach() / mass.clamp(min=1e-12)[:, None, None]
     entropy = torch.special.entr(shares).sum((1, 2)) / math.log(shares[0].numel())
-    return loss, {"map_mass": mass.mean(), "map_entropy": entropy.mean(), "trust": weight.mean()}
+    there = pair["exists"] / pair["exists"].sum().clamp(min=1)
+    figures = {"map_mass": (mass * there).sum(), "map_entropy": (entropy * there).sum()}
+    return loss, figures | {"trust": weight.mean()}
 
 
 def hist_losses(model, batch, levels, hardness, cam_layer, teacher=None):
@@ -679,14 +682,14 @@ def ramp(done, start, length):
 
 
 def learning_rate(step, steps, peak):
-    """Linear warm-up, then a cosine down to LEAST_RATE of the peak."""
+    """Linear warm-up, times a cosine from the first step down to LEAST_RATE of the peak."""
     warmup = max(1, min(WARMUP_STEPS, steps // 10))
     cosine = max(LEAST_RATE, (1 + math.cos(math.pi * step / steps)) / 2)
     return peak * min(1, (step + 1) / warmup) * cosine
 
 
 def make_teacher(model):
-    """A copy of all but the image encoder, which stays as it is; see `composition_losses`."""
+    """A frozen copy of all but the image encoder: it looks at the tokens of the one in training."""
     teacher = copy.deepcopy(model).eval()
     teacher.vit = nn.Identity()
     return teacher
@@ -702,20 +705,20 @@ def loader(samples, options, first, last):
 
 
 def loss_weights(levels, composition):
-    """The weights that are not 1: lambda, and, which the paper has not, that of matching captions,
-    the number of levels: phrases and subjects, which are easier, would take the match head over."""
+    """The weights that are not 1: lambda, and (not in the paper) the number of levels for matching
+    captions: phrases and subjects are easier, and would take the match head over."""
     return {"composition": composition, "caption_itm": len(LEVELS.keys() & levels)}
 
 
 def train_step(model, teacher, batches, optimizer, options, levels, hardness, composition):
-    """One step: {loss, figure or "gradient", its norm: value}. Where the gradient is not finite no
-    weight changes. composition: that loss's weight, lambda by its ramp; at 0 it is left out."""
+    """One step -> {name: value} of each loss and figure, and "gradient", the gradient's norm; where
+    it is not finite no weight changes. composition: that loss's weight; at 0 it is left out."""
     values, weights = Counter(), loss_weights(levels, composition)
     levels = [level for level in levels if level != "composition" or composition > 0]
     optimizer.zero_grad()
     for part in range(options.accumulate):
         batch = to_device(next(batches), options.device)
-        if WORLD > 1:  # gradients are averaged over the processes once a step
+        if WORLD > 1:  # as DDP.no_sync() does: gradients are averaged once a step
             model.require_backward_grad_sync = part == options.accumulate - 1
         with torch.autocast(options.device, torch.bfloat16, enabled=options.device == "cuda"):
             losses, figures = model(batch, levels, hardness, options.cam_layer, teacher)
@@ -751,7 +754,9 @@ def train(name, levels, samples, options, steps):
             hardness = HARDNESS * ramp(done, HARD_START, HARD_RAMP)
             composition = ramp(done, options.composition_start, COMPOSITION_RAMP)
             composition *= options.composition_weight
-            if "composition" in levels and composition > 0 and teacher is None:
+            if composition == 0:
+                teacher = None  # also where more --steps put the beginning off
+            elif "composition" in levels and teacher is None:
                 teacher = make_teacher(model)  # of the weights as composition begins
             optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
             # Seeded anew, a resumed run draws the same negatives.
@@ -801,11 +806,11 @@ def balance(heat, mask1, mask2):
 
 
 def vqa_accuracy(said, answers):
-    """1 for the only answer; for ten annotators' VQA v2's accuracy: min(n / 3, 1), n of the others
-    having said it, averaged over leaving out each."""
+    """1 for any of the answers; for ten annotators' VQA v2's accuracy: min(n / 3, 1), n of the
+    others having said it, averaged over leaving out each."""
     same = [answer.strip() == said.strip() for answer in answers]
-    if len(same) == 1:
-        return float(same[0])
+    if len(same) < 10:
+        return float(any(same))
     return float(np.mean([min((sum(same) - own) / 3, 1) for own in same]))
 
 
@@ -826,7 +831,7 @@ def targets_of(record, size, side):
         if target.get("mask") is not None:
             drawn = Image.fromarray(decode_mask(target["mask"])).resize((side, side))
             mask = np.asarray(drawn) if np.any(drawn) else boxes
-        tags, thing = target.get("tags", []), target.get("object", number)
+        tags, thing = target.get("tags") or [], target.get("object", number)
         targets.append(Target(target["phrase"], boxes, mask, tags, thing))
     return targets
 
@@ -1275,10 +1280,10 @@ def name_shapes(model, options):
 
 def scenes_vit(options):
     """Four convolutions, 6 pixels to a token that sees 26, and one ViT layer: learns shapes where a
-    linear patch layer learns colours only (a stem as in arXiv 2106.14881, with batch norm). What
-    sees farther, two 3x3 convolutions at the end, places a shape beside where it is."""
+    linear patch layer learns colours only (a stem as in arXiv 2106.14881, with batch norm). With
+    another 3x3 convolution a token sees farther, and maps point beside the shape."""
     w = options.width
-    # in, out, kernel, stride; paddings that centre each token on its patch, or maps are shifted
+    # in, out, kernel, stride, padding, which centres a token on its patch, or maps are shifted
     sizes = [(3, w // 2, 6, 2, 2), (w // 2, w, 5, 3, 1), (w, w, 3, 1, 1), (w, w, 1, 1, 0)]
     stem = nn.Sequential(*itertools.chain(*itertools.starmap(Conv2dNormActivation, sizes)))
     embed = partial(timm.layers.HybridEmbed, backbone=stem)
@@ -1291,6 +1296,7 @@ def scenes_vit(options):
 def make_vit(options):
     """The image encoder; UserError where timm has no such ViT."""
     if options.vit == "scenes":
+        insist(options.image_size % 6 == 0, "--image-size: take a multiple of the patch, 6")
         return scenes_vit(options)
     how = dict(pretrained=options.pretrained, num_classes=0, img_size=options.image_size)
     with blaming(f"--vit {options.vit} {how}: no ViT of timm's, or no network"):
@@ -1336,7 +1342,7 @@ def blaming(what, skipped=None):
     """What fails inside is a UserError about `what`; or skipped, where `what` is (kind, which)."""
     try:
         yield
-    except ImportError:
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise  # nothing is wrong with the data
     except Exception as error:  # PIL, pickle and torch have as many as there are ways to fail
         missing = " is missing" if isinstance(error, KeyError) else ""
@@ -1429,8 +1435,8 @@ def decode_mask(mask):
             runs = np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height)
             drawn.paste(1, mask=Image.fromarray(runs.T))
         else:
-            for polygon in part:
-                ImageDraw.Draw(drawn).polygon(polygon, fill=1)
+            for points in part:
+                ImageDraw.Draw(drawn).polygon(points, fill=1)
     return np.asarray(drawn)
 
 
@@ -1449,11 +1455,15 @@ def read_record(line, folder):
         for box in target["boxes"]:
             shares = all(0 <= edge <= 1 for edge in box)
             insist(not shares, '"boxes" are in pixels: these look like shares of the picture')
-    for question in record.get("questions") or []:
+    questions = record.get("questions") or []
+    for question in questions:
         good = isinstance(question["text"], str) and question["kind"] and question["answers"]
         good = good and all(isinstance(answer, str) for answer in question["answers"])
         insist(good, '"questions": a question is {"text": …, "kind": …, "answers": ["…", …]}')
-    return {"split": "train"} | record | {"image": folder / name, "targets": targets}
+        good = "[MASK]" in question["text"] or len(question.get("choices") or []) == 2
+        insist(good, '"questions": one without [MASK] has two "choices", the second if it is true')
+    record = {"split": "train"} | record | {"questions": questions}
+    return record | {"image": folder / name, "targets": targets}
 
 
 def read_jsonl(path):
@@ -1727,7 +1737,7 @@ def parse_options(argv=None):
     if "init" in typed:
         with suppress(Exception):  # what is wrong with it read_checkpoint will say
             given = torch.load(typed["init"], map_location="meta", weights_only=True)["options"]
-            told |= {"base_steps": 0} | {name: given[name] for name in OF_MODEL} | typed
+            told = presets({"base_steps": 0} | {name: given[name] for name in OF_MODEL} | typed)
     if typed.keys() & {"resume", "eval_only", "ground"}:
         saved = saved_options(told["out"])
         insist(saved is not None, f"there is no run in {told['out']}: train first, or say --out")
@@ -1778,7 +1788,7 @@ def check_options(options):
     insist(not (options.pretrained and options.vit == "scenes"), "--pretrained: say --vit NAME too")
     insist(not options.parses or options.data != "scenes", "--parses: scenes are parsed as drawn")
     there = options.init and Path(options.init).resolve().parent == Path(options.out).resolve()
-    insist(not there, "--init: it lies in --out, which a run empties; say another --out")
+    insist(not there, "--init: it lies in --out, where a run deletes checkpoints; say another")
 
 
 @contextmanager
@@ -1812,7 +1822,7 @@ def prepare(options):
     tokenizer = read_checkpoint(options.init, options)[1] if options.init else None
     if tokenizer is None:  # options that build no model stop here, either way
         MODELS[options.base](options, Tokenizer(Tokenizer.SPECIAL))
-    grown = map(out.joinpath, (*CHECKPOINTS, "metrics.jsonl", "skipped.jsonl"))
+    grown = map(out.joinpath, (*CHECKPOINTS, "metrics.jsonl", "skipped.jsonl", "results.json"))
     old = [path for path in grown if path.exists() and not options.resume]
     data = (saved_options(out) or {}).get("data", options.data)
     same = not old or os.path.abspath(data) == os.path.abspath(options.data)
@@ -1828,7 +1838,7 @@ def prepare(options):
     captions = (caption for i in some for caption in records[i]["captions"])
     tokenizer = tokenizer or Tokenizer.build(captions, options.vocab_size)
     samples = Samples(records, tokenizer, options, skipped)
-    for name in CHECKPOINTS:
+    for name in CHECKPOINTS:  # what does not fit is refused here
         if options.resume and (out / name).exists():
             start_training(out / name, samples, options, 0)
     barrier()
@@ -1869,7 +1879,8 @@ def writable(folder):
 
 
 def report(options, records, held_out, skipped):
-    """Evaluate OUT's checkpoints; print the table, write results.json and the pictures."""
+    """Evaluate OUT's checkpoints; print the table, write the pictures and results.json: {model:
+    {measure: value}}, or where there are several splits {split: the same}."""
     out, models, results = Path(options.out), {}, {}
     if RANK > 0:
         return
@@ -1886,7 +1897,7 @@ def report(options, records, held_out, skipped):
         out.mkdir(exist_ok=True)
     splits = {record["split"]: {} for record in held_out}  # split: {model: its measures}
     for split, measures in splits.items():
-        measures |= {name: result[split] for name, result in results.items()}
+        measures.update({name: result[split] for name, result in results.items()})
         some = next(iter(measures.values()))
         counts = ", ".join(f"{some[name]} {name}" for name in ("images", "phrases", "pairs"))
         print(f"\n{options.data}, {split}: {counts}; seed {options.seed}; percent\n")

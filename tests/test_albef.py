@@ -479,6 +479,10 @@ def test_photographs_after_scenes_with_the_words_and_the_model_of_the_scenes(her
     assert state["words"] == words and state["options"]["width"] == 32
     kept = [name for name in first if not name.startswith("vit.")]  # batch norm counts on
     assert all((state["model"][name] == first[name]).all() for name in kept)
+    blip = hist.asdict(options(base="blip", text_layers=0))
+    torch.save({"words": words, "model": {}, "options": blip}, "blip.pt")
+    o = hist.parse_options(["--init", "blip.pt", "--device", "cpu"])
+    assert (o.base, o.out) == ("blip", "out/scenes-blip")  # not where ALBEF's run may lie
 
 
 def test_init_is_refused_where_it_is_no_checkpoint_or_would_be_lost(here, capsys, converted):

@@ -488,6 +488,7 @@ def test_hist_py_needs_no_tests(tmp_path):
         ("--max-bad -1", "--max-bad"),
         ("--lr nan", "--lr"),
         ("--vit vit_tiny_patch16_224 --image-size 50", "multiple of the patch, 16"),
+        ("--image-size 64", "multiple of the patch, 6"),
     ],
 )
 def test_first_mistakes_get_one_line(here, capsys, command, what):

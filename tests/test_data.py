@@ -4,6 +4,7 @@ import json
 import os
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -229,6 +230,11 @@ def test_every_tenth_is_held_out_where_no_line_says_so(here, capsys, n, train, h
         ('{"image": "0.png", "captions": ["a"], "targets": [{"phrase": "a"}]}', "boxes"),
         ('{"image": "0.png", "captions": ["a"], "questions": [{"text": "a"}]}', "kind"),
         (
+            '{"image": "0.png", "captions": ["a"], "questions": [{"text": "a dog", "kind": "is",'
+            ' "answers": ["yes"], "choices": ["no"]}]}',
+            "[MASK]",
+        ),
+        (
             '{"image": "0.png", "captions": ["a"], "targets": [{"phrase": " ",'
             ' "boxes": [[0, 0, 2, 2]]}]}',
             '"targets"',
@@ -241,6 +247,24 @@ def test_a_wrong_line_is_reported_with_its_number(here, capsys, line, what):
     Path("my.jsonl").write_text("\n".join(text[:4] + [line] + text[4:]))
     said = refused(capsys, "--data", "my.jsonl", *PHOTOS)
     assert "my.jsonl, line 5:" in said and what in said
+
+
+def test_what_is_null_is_as_what_is_not_there(here):
+    own_folder(here)
+    plain = {"image": "0.png", "captions": ["a dog"]}
+    empty = plain | {"targets": None, "questions": None}
+    expected = hist.read_record(json.dumps(plain), here)
+    assert hist.read_record(json.dumps(empty), here) == expected
+    record = empty | {"targets": [{"phrase": "a dog", "boxes": [[0, 0, 2, 2]], "tags": None}]}
+    (target,) = hist.targets_of(hist.read_record(json.dumps(record), here), (4, 4), 4)
+    assert list(target.tags) == [] and target.boxes.sum() == 4
+
+
+def test_too_little_memory_is_no_fault_of_a_picture(here, monkeypatch):
+    own_folder(here)
+    monkeypatch.setattr(hist.Image, "open", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        hist.load_pixels("0.png")
 
 
 ENCODINGS = ("utf-8", "utf-8-sig", "utf-16")  # PowerShell's > writes UTF-16

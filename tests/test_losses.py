@@ -214,6 +214,9 @@ def test_composition_asks_the_teacher_about_the_parts_and_the_model_about_the_wh
     _, figures = hist.composition_losses(model, teacher, V, pair, 3)
     assert figures["map_mass"].item() == pytest.approx(2)
     assert figures["map_entropy"].item() == pytest.approx(0)
+    no_pair = pair | {"exists": torch.tensor([False, False])}
+    _, figures = hist.composition_losses(model, teacher, V, no_pair, 3)
+    assert figures["map_mass"].item() == 0  # of composites alone: there is none
 
 
 def test_a_pair_that_does_not_exist_or_match_teaches_nothing(monkeypatch):

@@ -42,6 +42,8 @@ def test_vqa_accuracy_by_hand():
         ways = [answers[:k] + answers[k + 1 :] for k in range(10)]
         mean = sum(min(way.count("red") / 3, 1) for way in ways) / 10
         assert hist.vqa_accuracy("red", answers) == pytest.approx(mean) == pytest.approx(expected)
+    few = ["red", "dark red", "red "]  # fewer than ten: one who says any of them is right
+    assert [hist.vqa_accuracy(said, few) for said in ("red", "dark red", "blue")] == [1, 1, 0]
 
 
 def test_recalls_by_hand():

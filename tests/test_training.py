@@ -4,6 +4,7 @@ given step by step, and what a run that was killed comes back to."""
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -343,6 +344,13 @@ def test_the_teacher_is_the_model_as_composition_began_and_stays_so(unbroken):
             assert torch.equal(value, states[2]["model"][name]), name
     moved = states[6]["model"]["match_head.weight"] - states[2]["model"]["match_head.weight"]
     assert moved.abs().max() > 1e-4
+
+
+def test_more_steps_that_put_composition_off_put_off_its_teacher(unbroken, tmp_path):
+    shutil.copytree(unbroken[0], tmp_path / "run")
+    o = options(out=str(tmp_path / "run"), resume=True, **SHORT | {"steps": 20})
+    hist.train("hist", EVERY, samples_of(o), o, 7)  # 0.3 of 20 is not over
+    assert torch.load(tmp_path / "run/hist.pt", weights_only=True)["teacher"] is None
 
 
 def test_a_line_a_step(unbroken):
