@@ -1249,6 +1249,8 @@ class Scenes:
         return self.n
 
     def __getitem__(self, i):
+        if i >= self.n:
+            raise IndexError(i)  # what ends a loop over them
         rng = random.Random(f"{self.stream} {i}")
         return draw_scene(rng, self.side, self.objects or rng.randint(3, 6), self.held_out)
 
@@ -1486,8 +1488,7 @@ def load_data(options, skipped):
     """(training records, held-out records) of --data; UserError where too many are unusable."""
     if options.data == "scenes":
         train = Scenes(1_000_000, options, "train", held_out=False)
-        test = Scenes(options.eval_images or 500, options, "held out", held_out=True)
-        held_out = [test[i] for i in range(len(test))]
+        held_out = list(Scenes(options.eval_images or 500, options, "held out", held_out=True))
     elif options.data == "coco":
         train, held_out = (read_coco(Path(options.root), s, skipped) for s in ("train", "val"))
     else:

@@ -197,6 +197,7 @@ def test_no_two_sets_share_a_scene_and_a_number_is_a_scene():
     assert len(set(pictures)) == 200
     assert scenes(1, "train", False)[0]["image"].tobytes() == pictures[0]
     assert scenes(1, "train", False, seed=1)[0]["image"].tobytes() != pictures[0]
+    assert len(list(hist.Scenes(3, options(), "test", False))) == 3  # a loop over them ends
 
 
 def test_three_to_six_objects_of_which_captions_name_most():
