@@ -36,13 +36,14 @@ ADV, PREP, LINK = "AIO"  # run *away*, *on* a bed, two *of* them
 CONJ, SUB, REL = "KLW"  # cats *and* dogs, *while* a dog runs, a man *who* runs
 COMMA, MARK, START = ",.^"  # any other sign is a MARK; START stands before the first word
 ANY = "".join(map(chr, range(33, 127)))
-# Classes of words whose tag depends on their neighbours, each named by one of its words: *ride*,
-# *rides* are mostly verbs, *lights* is mostly a noun, all may be the other.
+# Classes of words whose tag depends on their neighbours, each named by one of its words: where no
+# rule fits *ride* is a noun, *rides* a verb, *lights* a plural; see USUALLY.
 RIDE, RIDES, LIGHTS, RIDING, PARKED, PAINTING, ORANGE = "yszgeij"
 UP, NEARBY, BACK, RIGHT, HAS, CAN, ALL, ONE, THAT, HER, TO, GENITIVE_S, QUOTE = "pwbrdnlothumv"
 
 # Words by class: those of 20,012 COCO captions and the most frequent of a general list (wordfreq),
-# where ENDINGS err and it matters. Of verbs: the class of the word and of its form in -s.
+# where ENDINGS err and it matters. Of verbs: the class of the word and of its form in -s; a word
+# that is in WORDS too has its class from there.
 VERBS = {
     (VERB, VERB): """accept accuse add adjust admire allow ambush announce appear applaud apply
     approach arrange arrive ascend assemble assist attempt attend avoid bake bathe become beg belch
@@ -113,17 +114,17 @@ WORDS = {
     turquoise twin ugly underglaze uneven unfinished unique unisex unknown unmade unripe upper
     upscale upside urban vast victorian vintage vivid warm weak weird western wet white whole
     wholesale wicker wide wild wooden woolen wrong yellow young""",
-    NOUN: """academy animal army assembly baby balcony belly biopsy blinder body boundary buddy
-    buggy bunny butterfly canal candy canvas cathedral cereal ceremony charcoal cherry chevy
-    christmas cleaner colony comedy comic company cooler coral corral county crystal curry daddy
-    dairy daisy deputy diary dinghy doggy duckling dumpling dynasty economy elephant embassy enemy
-    evening fairy family ferry fondant foreigner galaxy garlic garnish gas germany goldfish gravy
-    herring holly hospital hungary husky infant italy ivy jelly king kitty lady lens liberty library
-    lily liver lobby locomotive mandible medal memorial metal morning mosaic mummy mural music
-    numeral opener owner paddy party patty pendant penny picnic piggy plastic plateful plenty
-    politician pony poppy president priest property puppy quarry rally restaurant ruby sapling
-    seedling shed shelving sibling sky sled spring spy stable student study supply tabby teddy
-    teenager terminal thing topper traffic trolly vegetable viking warmer whisky""",
+    NOUN: """academy animal army assembly baby balcony beijing belly biopsy blinder body boeing
+    boundary buddy buggy bunny butterfly canal candy canvas cathedral cereal ceremony charcoal
+    cherry chevy christmas cleaner colony comedy comic company cooler coral corral county crystal
+    curry daddy dairy daisy deputy diary dinghy doggy duckling dumpling dynasty economy elephant
+    embassy enemy evening fairy family ferry fondant foreigner galaxy garlic garnish gas germany
+    goldfish gravy herring holly hospital hungary husky infant italy ivy jelly king kitty lady lens
+    liberty library lily liver lobby locomotive mandible medal memorial metal morning mosaic mummy
+    mural music numeral opener owner paddy party patty pendant penny picnic piggy plastic plateful
+    plenty politician pony poppy president priest property puppy quarry rally restaurant ruby
+    sapling seedling shed shelving sibling sky sled spring spy stable student study supply tabby
+    teddy teenager terminal thing topper traffic trolly vegetable viking warmer whisky""",
     PLURAL: """bison buffalo cattle children deer feet geese men mice people personnel police sheep
     teeth women""",
     VERB: """ate became began blew broke came chose drank drove fell felt flew gave got grew meant
@@ -134,10 +135,11 @@ WORDS = {
     grown held hidden hung inlaid kept knit known laden laid led lit lost made overgrown paid proven
     put rebuilt redone ridden seen sent set shaken shot shown shut slain sold split sprung spun
     stolen strewn strung stuck sunk swept taken taught thrown told torn won worn woven written""",
-    PAINTING: """awning bedding building bunting carving ceiling clothing covering crossing drawing
-    dressing dwelling earring etching filling flooring frosting icing landing lettering lighting
-    lining netting opening painting paneling plumbing pudding railing ring scaffolding seating
-    serving setting siding string stuffing topping wedding wing writing""",
+    PAINTING: """awning bedding building bunting carving ceiling clothing covering crossing decking
+    drawing dressing dwelling earring etching filling flooring frosting icing landing lettering
+    lighting lightning lining molding netting opening painting paneling piping plumbing pudding
+    railing ring scaffolding seating serving setting siding stocking string stuffing topping
+    trimming wedding wing wiring writing""",
     ORANGE: """adult antique female giant half human light male miniature newborn orange oval plaid
     plain rear square""",
     DET: "a an another any each either every neither some the these this those",
@@ -201,7 +203,7 @@ ENDINGS = (
     (r"[^\W_]", NOUN),
     (r"", MARK),
 )
-# bigger -> big, nicer -> nice, tidiest -> tidy; small and nice are in the lexicon
+# smaller -> small, nicer -> nice, bigger -> big, uglier -> ugly, adjectives of the lexicon
 DEGREES = ("(er|est)$", ""), ("(?<=e)(r|st)$", ""), (r"(.)\1(er|est)$", r"\1"), ("i(er|est)$", "y")
 
 # -ing words that belong to the noun after them wherever they stand ("and parking lots"), and those
@@ -337,7 +339,7 @@ Parse = namedtuple("Parse", "caption tokens phrases")
 WORD = "[^\\W_]+(?:\u200b+[^\\W_]+)*"
 TOKEN = re.compile(
     rf"(?:(?:and/or|w/o?)(?![^\W_])|{WORD}(?:\u200b*[-']\u200b*(?!s\b){WORD}|[.,:/](?=\d)\d+"
-    r"|\.(?:(?<=\b(?:[Ss]t|[DdMm]r)\.)|(?<=\b(?:Gen|Gov|Mrs|Rep|Sen|Sgt)\.))"
+    r"|\.(?:(?<=\b(?:[SsMm]t|[DdMm]r)\.)|(?<=\b(?:Gen|Gov|Mrs|Rep|Sen|Sgt)\.))"
     r"|(?<=\b[A-Za-z])\.(?:[A-Za-z]\.)+)*|'\u200b*s\b|\S)"
     "\u200b*"
 )
@@ -410,7 +412,8 @@ AMID = INSIDE + DEGREE + COMPOUND + BETWEEN + NOUN
 PLACES = PREPS + UP + ADV
 FOLLOWS = PLACES + TO + SUB + JOINTS + MARK + OPENERS + NEARBY + PRON + THAT  # follows a verb
 
-# What a test of a rule sees: all words and tags (from index on still classes), and five of each.
+# What a test of a rule sees: all words and tags (the caption begins at 2; from index on they are
+# still classes), and the five around it.
 Near = namedtuple(
     "Near", "words tags index before2 before word after after2 left2 left tag right right2"
 )
@@ -431,7 +434,7 @@ def after_one(at):
 
 
 def feeds(at):
-    """A person, and what is no person: a keeper *feeds* giraffes, but a tennis player's hat."""
+    """A person, and what is no person: a keeper *feeds* giraffes, but a tennis *players* hat."""
     if at.right != PLURAL:
         return (at.tag == LIGHTS or at.before in PEOPLE) and after_one(at)
     return is_person(at.before) and not is_person(at.word[:-1])
@@ -451,7 +454,7 @@ def after_two(at):
 
 
 def in_clothes(at):
-    """The first verb: a man in a hat *waves* to, two men in full gear *climb* up."""
+    """The first verb: a man in the snow *waves* to, two men in gear *ride* horses."""
     start = re.match("[DPJZCNSU]*([NS])I[DPJZCNSUK]*$", "".join(at.tags[2:12][: at.index - 2]))
     if not start or at.words[start.end(1) + 2] != "in":
         return False
@@ -477,7 +480,13 @@ def forms(at):
 
 def eats(at):
     """One who did something else before: a man cutting and *eating* pizza."""
-    return at.word in ("eating", "flying", "smoking") and ING in at.tags[: at.index][-9:]
+    latest = at.tags[max(0, at.index - 9) : at.index]
+    return at.word in ("eating", "flying", "smoking") and ING in latest
+
+
+def did(at):
+    """There was a verb a few words before."""
+    return VERB in at.tags[max(0, at.index - 9) : at.index]
 
 
 def resembles(at):
@@ -485,7 +494,7 @@ def resembles(at):
 
 
 def is_unknown(at):
-    """Of ENDINGS only: a noun may end as an adjective does."""
+    """Known by ENDINGS alone: a noun may end as an adjective does, a *guppy*."""
     return at.word[-1] in "yl" and at.word not in LEXICON
 
 
@@ -514,7 +523,8 @@ RULES = (
     (ORANGE, ANY, JOINTS, ADJ, lambda at: at.right2 == ADJ),  # an *orange* and red bus
     (ORANGE, ANY, RIDING, ADJ, lambda at: at.word not in LEXICON and at.right2 in THINGS),
     (ORANGE, ANY, PARKED, NOUN, lambda at: at.right2 in PREP + UP and at.word != "half"),
-    (ORANGE, ARTICLES, PLURAL + LIGHTS, NOUN, lambda at: at.right2 in OPENERS),  # *medic* checks a
+    # a *medic* checks a pulse
+    (ORANGE, ARTICLES, PLURAL + LIGHTS, NOUN, lambda at: at.right2 in OPENERS),
     (ORANGE, ANY, THINGS + PAINTING + PARKED + ADJ + NUM + ONE + DEGREE, ADJ),  # an *orange* bus
     (ORANGE, BE + DEGREE, ANY, ADJ),  # is *orange*
     (NOUN, ADJ, THINGS, ADJ, forms),  # a long *sleeve* shirt
@@ -523,15 +533,17 @@ RULES = (
     (NOUN, COMMA + MARK, ADJ, ADJ, lambda at: at.after in AS_SOLD),  # a bowl, *dishwasher* safe
     (NOUN, DET, PLURAL, NUM, lambda at: at.word in ("couple", "dozen")),  # a *couple* umbrellas
     (NOUN + ORANGE, PLURAL + INF, OPENERS, VERB),  # to *pedal* a bike, candles *light* a room
-    (NOUN, PLURAL, PLACES + TO + SUB, VERB, lambda at: at.left2 in START + NUM),  # men *nap* on
+    # two men *camp* on
+    (NOUN, PLURAL, PLACES + TO + SUB, VERB, lambda at: at.left2 in START + NUM),
     # a boy *pedals* his bike; but various yard decorations some of which
     (PLURAL + LIGHTS, NOUNS + DEGREE, OPENERS, VERB, lambda at: at.before2 not in SEVERAL),
-    (PLURAL, CONJ, OPENERS, VERB, lambda at: VERB in at.tags[: at.index][-9:]),  # and *bends* his
-    (PLURAL + LIGHTS, NOUN, NOUNS + ADJ, VERB, feeds),  # the keeper *feeds* giraffes
+    (PLURAL, CONJ, OPENERS, VERB, did),  # sits and *pedals* his bike
+    (PLURAL + LIGHTS, NOUN, NOUNS + ADJ, VERB, feeds),  # the teacher *quizzes* students
     (LIGHTS, NOUN, NOUNS + ADJ, VERB, after_one),  # a robot *slices* onions
-    (LIGHTS, NOUN, FOLLOWS, PLURAL, lambda at: at.word in ("lights", "signs")),  # a street *signs*
-    (PLURAL + LIGHTS, NOUN, FOLLOWS + RIDING, VERB, after_one),  # a bird *perches* on
-    (PLURAL + LIGHTS, PRON, ANY, VERB),  # as she *bends*
+    # a street *signs* on
+    (PLURAL + LIGHTS, NOUN, FOLLOWS, PLURAL, lambda at: at.word in ("lights", "signs")),
+    (PLURAL + LIGHTS, NOUN, FOLLOWS + RIDING, VERB, after_one),  # a bird *nests* on
+    (PLURAL + LIGHTS, PRON, ANY, VERB),  # as she *pedals*
     (PLURAL, ANY, THINGS + ADJ + BACK, OWNER, owns),  # a *mans* hat
     (PLURAL, START, NOUN + ADJ + COMPOUND, OWNER, lambda at: at.word in OWNERS),
     (RIDE, REL + PRON + AUX + INF, ANY, VERB),  # to *ride*
@@ -540,8 +552,8 @@ RULES = (
     (RIDE, PLURAL + BE, NEXT + FOLLOWS, VERB),  # people *ride* on
     (RIDE, NOUN, OPENERS + PRON, VERB, lambda at: is_person(at.before)),  # a man *beat* it
     (RIDE, NOUN, FOLLOWS, VERB, acts),  # the family *wave* from
-    (RIDE, NOUN + COMMA, OPENERS + PLACES, VERB, after_two),  # a man and a woman *ride* on
-    (RIDE + LIGHTS + PLURAL, NOUN, PLACES + OPENERS + THINGS, VERB, in_clothes),
+    (RIDE, NOUN + COMMA, OPENERS + PLACES, VERB, after_two),  # a boy and a robot *ride* on
+    (RIDE + LIGHTS + PLURAL, NOUN, PLACES + TO + OPENERS + THINGS, VERB, in_clothes),
     (PAINTING, PLURAL + BE + PRON + VERB, ANY, ING),  # people *painting*
     (PAINTING, NOUN + PREPS + CONJ + SUB, OPENERS, ING),  # a worker *painting* a wall
     (PAINTING, NOUN, ANY, ING, lambda at: at.before in MOVERS),  # a man *painting*
@@ -549,7 +561,7 @@ RULES = (
     (RIDING, AMID, THINGS + PAINTING + CAN, COMPOUND, compounds),
     (RIDING, DEGREE + ADJ, ANY, ING, lambda at: at.left2 in BE),  # is busy *eating* pizza
     (RIDING, INSIDE + DEGREE, NOUNISH, PARTICIPLE),
-    (RIDING, CONJ, NOUNISH, ING, eats),  # cutting and *eating* it
+    (RIDING, CONJ, NOUNISH, ING, eats),  # cutting and *eating* pizza
     (RIDING, BETWEEN + VERB + ING, NOUNISH, PARTICIPLE, lambda at: at.word in ING_STATE),
     (RIDING, PREPS, THINGS + PARKED + PAINTING, PARTICIPLE, lambda at: at.before in ("of", "with")),
     (RIDING, START + ARTICLES + ADJ, LINK, NOUN, lambda at: at.word in QUANTITY),
@@ -569,14 +581,16 @@ RULES = (
     (PARKED, ARTICLES, RIGHT, PARTICIPLE),  # a *broken* left wing
     (PARKED, ARTICLES, ANY, NOUN),  # a *set* of
     (PARKED, ADJ, VERB, NOUN),  # a small *dug* sits
-    (PARKED, NOUN, COMMA + MARK, NOUN, lambda at: at.word == "set"),  # a cookware *set*
+    (PARKED, NOUN, COMMA + MARK, NOUN, lambda at: at.word == "set"),  # a bowl *set*
     (PARKED + VERB, START, LINK, NOUN, lambda at: at.word in QUANTITY),  # *set* of
     (DET, ANY, VERB + RIDES, PRON, lambda at: at.word in SINGULAR and at.after[-1] == "s"),
     (RIDES + VERB, ADJ, FOLLOWS, VERB, lambda at: at.before2 in WEARING and at.word[-1] == "s"),
-    (VERB, INSIDE, ANY, NOUN),  # a *stare* at
+    (VERB, INSIDE, ANY, NOUN),  # a *splash* in
     (RIDES, INSIDE + PREPS + START + COMPOUND, ANY, PLURAL),  # two *rides*
-    (TO + ADV + RIDE, START, PLURAL, NUM, lambda at: at.word in ("to", "too", "tow")),  # for two
-    (TO, ANY, VERB + BE + RIDE, INF),  # *to* eat, *to* ride
+    # *tow* people: two, misspelt
+    (TO + ADV + RIDE, START, PLURAL, NUM, lambda at: at.word in ("to", "too", "tow")),
+    (TO, ANY, VERB + BE + RIDE + HAS, INF),  # *to* eat, *to* ride
+    (TO, ANY, ORANGE, INF, lambda at: at.right2 in OPENERS),  # *to* pedal a bike
     (TO, ANY, NOUN, INF, lambda at: at.right2 in OPENERS + ADJ),
     (TO, ANY, PARKED, INF, lambda at: at.after in ("cut", "put", "set", "shut")),
     (BACK, ARTICLES + ADJ + GENITIVE + OWNER + PREPS + START, ANY, NOUN),  # the *back* of
@@ -631,8 +645,8 @@ def decide(words, classes):
 
 
 # A base noun phrase over the tags; k is a conjunction or a comma between adjectives of one noun.
-# "red and white cups" is JkJS, "a dog 's head" DNMN. In "apples pears and figs" a comma is missing:
-# SSKS is three phrases. Repetition is bounded: time is linear.
+# "red and white cups" is JkJS, "a dog 's head" DNMN; n is a noun that ends its phrase. In "apples
+# pears and figs" a comma is missing: SSKS is three. Repetition is bounded: time is linear.
 JOINED = re.compile(
     r"(?<=[JZ])(?:,?K|,)(?=Q?[JZ][JZ,KQ]{0,6}[JZNSU]{0,4}[NS])"
     r"|(?<=[DPC][JZ])K(?=N[NU]{0,2}[NS])"  # a white and stainless steel fridge
@@ -719,7 +733,8 @@ ARTICLE = re.compile(r"\b(?:an?|the|is|are)\b", re.I)
 
 
 def is_title(caption, spans):
-    """Most words begin with a capital, and there is no article, as in a product's title."""
+    """Most words begin with a capital, and there is no article, as in a product's title; a headline
+    is taken for one, and loses its verbs."""
     if caption[1:].islower():
         return False
     capitals = sum(caption[start].isupper() for start, _ in spans)
@@ -740,6 +755,7 @@ def after_names(caption, spans, classes):
     found = list(classes)
     for i in range(2, len(found)):
         named = first[i - 2].isupper() and first[i - 1].isupper() and first[i].islower()
+        named = named and found[i - 2] not in ARTICLES + NUM + ADJ
         several = found[i] == RIDE and CONJ in found[max(0, i - 8) : i]
         if named and (found[i] in RIDES + LIGHTS or several):
             found[i] = VERB
@@ -798,7 +814,7 @@ WAITS = {ADV: "advmod", DEGREE: "advmod", PREP: "case", LINK: "case", GENITIVE: 
 WAITS |= {INF: "mark", SUB: "mark", BE: "aux", AUX: "aux", EXPLETIVE: "expl"}
 WAITS |= {COMMA: "punct", MARK: "punct", BOTH: "cc:preconj", ICE: "compound"}
 NOMINAL, PLACE, EXISTS = "n", "c", "b"  # a noun phrase; next *to*; there *is*
-NONE = -1  # no word; the head of a word that has none yet, at last of the root
+NONE = -1  # no word; the head of a word that is not yet hung, and in the end of the root alone
 # "picks up a box": up belongs to picks; "tries to", "starts": what follows completes it; "gives a
 # boy a ball"; "cuts it with a knife": the knife belongs to cuts.
 PARTICLE = re.compile(
@@ -1158,7 +1174,10 @@ def read_captions(path):
         else:
             rows = ({"caption": line} for _, line in lines)
         for row in rows:
-            yield from row["captions"] if "captions" in row else [row["caption"]]
+            captions = row["captions"] if "captions" in row else [row["caption"]]
+            if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+                raise TypeError(f"{captions!r} are no captions")
+            yield from captions
     except (ValueError, KeyError, TypeError) as error:
         kinds = ".json must be COCO's captions, .jsonl records with a caption or captions"
         raise ValueError(f"{path}: {kinds} ({error!r})") from error
@@ -1261,10 +1280,15 @@ def run():
     options = parser.parse_args()
     if options.score:
         gold = read_parses(options.score)
-        rules = {caption: parse(caption).phrases for caption in gold}
-        print(score(gold, read_parses(options.parses) if options.parses else rules))
+        if options.parses:
+            parses = read_parses(options.parses)
+        else:
+            parses = {caption: parse(caption).phrases for caption in gold}
+        print(score(gold, parses))
         return
-    if not options.captions and options.file is None:
+    if options.parses:
+        raise ValueError("--parses is rated: say --score GOLD too")
+    if not options.captions and not options.file:
         raise ValueError("nothing to parse: give a caption in quotes, or --file FILE (- is stdin)")
     for name in options.captions:
         if " " not in name and "." in name and os.path.isfile(name):

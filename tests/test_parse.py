@@ -295,6 +295,12 @@ In [the |market], one can find [|tourists].
 FILE - [A |ship] leaves [a |port]. REUTERS/Ann Lee
 [A |train] leaves [|Tbilisi], [|Georgia], late Tuesday.
 [A |robot] slices [|onions].
+[Two British |guards] stand at [a |gate].
+[The |Christmas lights] in [a |window]
+[A |crowd] in [|Beijing]
+[|Mt. Everest] above [a |valley]
+[A |kid] wants to pedal [a |bike].
+[A |man] in [the |snow] waves to [a |dog].
 """
 
 
@@ -679,13 +685,27 @@ def test_what_is_no_utf8_is_read_as_latin_1_and_said(tmp_path):
 
 @pytest.mark.parametrize(
     "args, word",
-    [((), "--file"), (("--file", "no/such/file"), "no/such/file"), (("--file", "."), ".")],
+    [
+        ((), "--file"),
+        (("--file", ""), "--file"),
+        (("--file", "no/such/file"), "no/such/file"),
+        (("--file", "."), "."),
+        (("--parses", "my.jsonl"), "--score"),
+    ],
 )
 def test_cli_says_what_is_wrong_in_one_line(args, word):
     result = run(*args)
     error = result.stderr.decode()
     assert result.returncode == 2 and not result.stdout
     assert error.count("\n") == 1 and word in error
+
+
+@pytest.mark.parametrize("row", ['{"caption": null}', '{"captions": "a dog"}', '["a dog"]', "{}"])
+def test_captions_that_are_none_are_said_to_be(tmp_path, row):
+    path = tmp_path / "c.jsonl"
+    path.write_text(row + "\n")
+    with pytest.raises(ValueError, match="records with a caption or captions"):
+        list(P.read_captions(path))
 
 
 def test_cli_stops_quietly_when_the_reader_does():
