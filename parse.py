@@ -751,8 +751,10 @@ def classify_in_title(word):
 
 def after_names(caption, spans, classes):
     """The classes, with verbs after names of two words: Joe Biden *boards* a plane."""
-    first = [caption[start] for start, _ in spans]
     found = list(classes)
+    if caption[1:].islower():
+        return found
+    first = [caption[start] for start, _ in spans]
     for i in range(2, len(found)):
         named = first[i - 2].isupper() and first[i - 1].isupper() and first[i].islower()
         named = named and found[i - 2] not in ARTICLES + NUM + ADJ
