@@ -312,6 +312,12 @@ def marked(caption, phrases):
     return caption
 
 
+@pytest.mark.parametrize("verb", ["eat", "have", "ride", "pedal"])
+def test_to_before_a_verb_begins_an_infinitive(verb):
+    tags = {token.text: token.tag for token in P.parse(f"A kid wants to {verb} the same.").tokens}
+    assert tags["to"] == P.INF
+
+
 @pytest.mark.parametrize("line", (MARKED + KINDS.lstrip()).strip().splitlines())
 def test_phrases_and_subjects(line):
     caption = line.replace("[", "").replace("]", "").replace("|", "")

@@ -220,3 +220,15 @@ def test_false_negatives_by_hand():
     two = {"said": [("the star", 1), ("a blue cup", 0)]}
     two["targets"] = [{"phrase": "a blue cup"}, {"phrase": "a red star"}]
     assert choices.false_negatives([one, two]) == 2 / 3
+
+
+def test_the_encoder_learns_first_from_scenes_of_one_object(monkeypatch):
+    o, asked, draw = options(vit_steps=2, batch_size=4), [], hist.draw_scene
+
+    def draw_scene(rng, side, wanted, unseen):
+        asked.append((wanted, unseen))
+        return draw(rng, side, wanted, unseen)
+
+    monkeypatch.setattr(hist, "draw_scene", draw_scene)
+    hist.name_shapes(hist.ALBEF(o, hist.Tokenizer(hist.Tokenizer.SPECIAL)), o)
+    assert asked == 8 * [(1, False)]
