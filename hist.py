@@ -1464,8 +1464,8 @@ def read_record(line, folder):
         insist(good, '"questions": a question is {"text": …, "kind": …, "answers": ["…", …]}')
         good = "[MASK]" in question["text"] or len(question.get("choices") or []) == 2
         insist(good, '"questions": one without [MASK] has two "choices", the second if it is true')
-    record = {"split": "train"} | record | {"questions": questions}
-    return record | {"image": folder / name, "targets": targets}
+    read = {"image": folder / name, "targets": targets, "questions": questions}
+    return {"split": "train"} | record | read
 
 
 def read_jsonl(path):
@@ -1819,18 +1819,19 @@ def only_writer(out):
 def prepare(options):
     """(Samples to train on, held-out records) of a run, its folder made and its options written.
     Checkpoints and options there stay as they are until all that was typed is known to fit."""
-    out, reading = Path(options.out), "skipped.jsonl" if options.resume else "new.skipped.jsonl"
+    out = Path(options.out)
+    listed, new = out / "skipped.jsonl", out / "new.skipped.jsonl"
     tokenizer = read_checkpoint(options.init, options)[1] if options.init else None
     if tokenizer is None:  # options that build no model stop here, either way
         MODELS[options.base](options, Tokenizer(Tokenizer.SPECIAL))
-    grown = map(out.joinpath, (*CHECKPOINTS, "metrics.jsonl", "skipped.jsonl", "results.json"))
+    grown = [listed, *map(out.joinpath, (*CHECKPOINTS, "metrics.jsonl", "results.json"))]
     old = [path for path in grown if path.exists() and not options.resume]
     data = (saved_options(out) or {}).get("data", options.data)
     same = not old or os.path.abspath(data) == os.path.abspath(options.data)
     insist(same, f"{out} holds a run on {data}: say another --out, or delete it")
     if RANK == 0:
-        (out / "new.skipped.jsonl").unlink(missing_ok=True)  # of a command that was refused
-    skipped = Skipped(out / reading, options.max_bad)
+        new.unlink(missing_ok=True)  # of a command that was refused
+    skipped = Skipped(listed if options.resume else new, options.max_bad)
     records, held_out = load_data(options, skipped)
     insist(len(records), f"{options.data}: there is no image to train on")
     options.steps = options.steps or max(1, 10 * len(records) // options.batch_size)  # ten epochs
@@ -1851,8 +1852,8 @@ def prepare(options):
         kept = {name: value for name, value in asdict(options).items() if name not in ONCE}
         write_whole(out / "options.json", json.dumps(kept, indent=1))
         if skipped.path.exists():
-            skipped.path.replace(out / "skipped.jsonl")
-    skipped.path = out / "skipped.jsonl"
+            skipped.path.replace(listed)
+    skipped.path = listed
     barrier()
     return samples, held_out
 

@@ -436,7 +436,7 @@ def after_one(at):
 def feeds(at):
     """A person, and what is no person: a keeper *feeds* giraffes, but a tennis *players* hat."""
     if at.right != PLURAL:
-        return (at.tag == LIGHTS or at.before in PEOPLE) and after_one(at)
+        return at.before in PEOPLE and after_one(at)
     return is_person(at.before) and not is_person(at.word[:-1])
 
 
@@ -478,15 +478,14 @@ def forms(at):
     return at.word in FORMS or f"{at.before} {at.word}" in ("deep dish", "high speed", "open air")
 
 
+def latest(at):
+    """The tags before, nine at most."""
+    return at.tags[max(0, at.index - 9) : at.index]
+
+
 def eats(at):
     """One who did something else before: a man cutting and *eating* pizza."""
-    latest = at.tags[max(0, at.index - 9) : at.index]
-    return at.word in ("eating", "flying", "smoking") and ING in latest
-
-
-def did(at):
-    """There was a verb a few words before."""
-    return VERB in at.tags[max(0, at.index - 9) : at.index]
+    return at.word in ("eating", "flying", "smoking") and ING in latest(at)
 
 
 def resembles(at):
@@ -537,7 +536,7 @@ RULES = (
     (NOUN, PLURAL, PLACES + TO + SUB, VERB, lambda at: at.left2 in START + NUM),
     # a boy *pedals* his bike; but various yard decorations some of which
     (PLURAL + LIGHTS, NOUNS + DEGREE, OPENERS, VERB, lambda at: at.before2 not in SEVERAL),
-    (PLURAL, CONJ, OPENERS, VERB, did),  # sits and *pedals* his bike
+    (PLURAL, CONJ, OPENERS, VERB, lambda at: VERB in latest(at)),  # sits and *pedals* his bike
     (PLURAL + LIGHTS, NOUN, NOUNS + ADJ, VERB, feeds),  # the teacher *quizzes* students
     (LIGHTS, NOUN, NOUNS + ADJ, VERB, after_one),  # a robot *slices* onions
     # a street *signs* on
@@ -735,8 +734,6 @@ ARTICLE = re.compile(r"\b(?:an?|the|is|are)\b", re.I)
 def is_title(caption, spans):
     """Most words begin with a capital, and there is no article, as in a product's title; a headline
     is taken for one, and loses its verbs."""
-    if caption[1:].islower():
-        return False
     capitals = sum(caption[start].isupper() for start, _ in spans)
     return 2 * capitals > len(spans) and not (caption.isupper() or ARTICLE.search(caption))
 
@@ -751,10 +748,7 @@ def classify_in_title(word):
 
 def after_names(caption, spans, classes):
     """The classes, with verbs after names of two words: Joe Biden *boards* a plane."""
-    found = list(classes)
-    if caption[1:].islower():
-        return found
-    first = [caption[start] for start, _ in spans]
+    found, first = list(classes), [caption[start] for start, _ in spans]
     for i in range(2, len(found)):
         named = first[i - 2].isupper() and first[i - 1].isupper() and first[i].islower()
         named = named and found[i - 2] not in ARTICLES + NUM + ADJ
@@ -771,8 +765,12 @@ def parse(caption):
     """
     spans = tokenize(caption)
     words = split_words(caption, spans)
-    sort = classify_in_title if is_title(caption, spans) else classify
-    tags = decide(words, after_names(caption, spans, map(sort, words)))
+    if caption[1:].islower():  # as most are: there is no title, and no name
+        classes = [*map(classify, words)]
+    else:
+        sort = classify_in_title if is_title(caption, spans) else classify
+        classes = after_names(caption, spans, map(sort, words))
+    tags = decide(words, classes)
     tokens = [Token(caption[a:b], a, b, tag) for (a, b), tag in zip(spans, tags)]
     return Parse(caption, tokens, read_phrases(caption, spans, words, tags))
 

@@ -133,8 +133,9 @@ def false_negatives(records):
     known = [{hist.text_key(phrase) for phrase, _ in record["said"]} for record in records]
     for phrase in {phrase for record in records for phrase, _ in record["said"]}:
         words = set(phrase.split()) - {"a", "an", "the", "shape", "small", "large"}
+        key = hist.text_key(phrase)
         for there, said in zip(kinds, known):
-            if hist.text_key(phrase) not in said:
+            if key not in said:
                 found.append(any(words <= kind for kind in there))
     return sum(found) / len(found)
 
